@@ -1,0 +1,46 @@
+# The two commands are `make serve` and `make test`; each does the whole set-up by itself, once (deploy/setup.sh).
+#
+#   make serve [MODEL=directory-or-hub-id] [HOST=127.0.0.1] [PORT=8000] [ARGS='more options of vllm serve']
+#   make test  [ARGS='more options of pytest']
+
+PYTHON ?= python3.11
+VENV ?= $(CURDIR)/.venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+
+export PYTHON VENV
+
+.PHONY: help serve test test-slow lint setup setup-test env clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 4
+	@echo
+	@echo '  make test-slow   the tests that take long        make lint    ruff'
+	@echo '  make setup       the set-up alone                make env     versions and problems, for a bug report'
+	@echo '  make clean       remove the environment and everything built'
+
+setup:
+	@deploy/setup.sh
+
+setup-test:
+	@deploy/setup.sh test
+
+serve: setup
+	@HOST='$(HOST)' PORT='$(PORT)' deploy/serve.sh '$(MODEL)' $(ARGS)
+
+test: setup-test
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-slow: setup-test
+	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)
+
+lint: setup-test
+	@$(VENV)/bin/ruff check .
+
+env: setup
+	@$(VENV)/bin/vllm-mindspore env
+
+clean:
+	rm -rf .venv build vllm_mindspore.egg-info vllm_mindspore/ops/lib

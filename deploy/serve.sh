@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Serve a model with the environment of deploy/setup.sh: deploy/serve.sh MODEL [options of vllm serve]
+# An empty MODEL is the demo model of this repository, under the name "demo". Environment: VENV, HOST, PORT.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+MODEL="${1:-}"
+[ $# -eq 0 ] || shift
+NAME=()
+if [ -z "$MODEL" ]; then
+    MODEL="$("$VENV/bin/python" -c 'from vllm_mindspore.demo import model_path; print(model_path())')"
+    NAME=(--served-model-name demo)
+fi
+export PATH="$VENV/bin:$PATH"
+exec "$VENV/bin/vllm" serve "$MODEL" --backend mindspore --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "${NAME[@]}" "$@"

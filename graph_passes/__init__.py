@@ -1,0 +1,19 @@
+"""Graph passes: FX graph in, FX graph out, number of matches returned. One file per pass.
+
+`PASSES` is the order they run in. Each is on by default and can be left out by name (`VLLM_MS_DISABLE_PASSES`);
+`vllm-mindspore inspect MODEL` prints the graph before and after each.
+"""
+
+from vllm_mindspore.graph_passes import drop_noops, fuse_activation, fuse_attention, fuse_bias, fuse_norm, fuse_residual
+from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
+
+PASSES: list[GraphPass] = [
+    GraphPass("drop_noops", drop_noops.run),
+    GraphPass("fuse_attention", fuse_attention.run),
+    GraphPass("fuse_bias", fuse_bias.run),
+    GraphPass("fuse_activation", fuse_activation.run),
+    GraphPass("fuse_residual", fuse_residual.run),
+    GraphPass("fuse_norm", fuse_norm.run),
+]
+
+__all__ = ["PASSES", "GraphPass", "PassManager", "PassReport"]

@@ -1,0 +1,60 @@
+"""Drop nodes that change nothing.
+
+    view(view(x, a), b)   →  view(x, b)
+    view(x, x.shape)      →  x
+    expand(x, x.shape)    →  x
+    slice(x, 0, all)      →  x
+    x * 1, x / 1, x + 0   →  x
+    to(x, x.dtype)        →  x
+"""
+
+import sys
+
+import torch
+from torch.fx import Graph, Node
+
+from vllm_mindspore.graph_passes.nodes import VIEWS, is_call, same_shape
+
+aten = torch.ops.aten
+NEUTRAL = {
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.div.Scalar: 1,
+    aten.add.Tensor: 0,
+    aten.add.Scalar: 0,
+    aten.sub.Tensor: 0,
+    aten.sub.Scalar: 0,
+}
+
+
+def run(graph: Graph) -> int:
+    """Returns the number of nodes dropped."""
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
+            node.update_arg(0, node.args[0].args[0])
+            dropped += 1
+        if _is_noop(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            dropped += 1
+    return dropped
+
+
+def _is_noop(node: Node) -> bool:
+    if node.target in (*VIEWS, aten.expand.default):
+        return same_shape(node, node.args[0])
+    if node.target is aten.slice.Tensor:
+        start, end, step = (*node.args[2:], *(0, sys.maxsize, 1)[len(node.args) - 2 :])
+        whole = isinstance(end, int) and end == sys.maxsize
+        return start in (0, None) and (whole or same_shape(node, node.args[0])) and step == 1
+    if node.target in NEUTRAL:
+        other = node.args[1]
+        same_type = not isinstance(other, Node) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        return same_type and other == NEUTRAL[node.target] and node.kwargs.get("alpha", 1) == 1
+    if node.target in (aten.to.dtype, aten._to_copy.default):
+        return node.meta["val"].dtype == node.args[0].meta["val"].dtype
+    return False

@@ -1,0 +1,66 @@
+"""What the passes share: looking at `vllm_ms` nodes by argument name, and replacing them."""
+
+import torch
+from torch.fx import Graph, Node
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The overload of one of our operators, e.g. `operator("linear")`."""
+    return getattr(torch.ops.vllm_ms, name).default
+
+
+def is_call(node: object, *targets: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def calls(graph: Graph, name: str) -> list[Node]:
+    """Every call of our operator `name`, in program order."""
+    return graph.find_nodes(op="call_function", target=operator(name))
+
+
+def arguments(node: Node) -> dict[str, object]:
+    """The node's arguments by schema name, defaults filled in."""
+    schema = node.target._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    values.update({argument.name: value for argument, value in zip(schema, node.args, strict=False)})
+    values.update(node.kwargs)
+    return values
+
+
+def create(graph: Graph, name: str, values: dict[str, object], fake: object) -> Node:
+    """A call of our operator `name` with arguments by name, at the graph's insert point."""
+    target = operator(name)
+    node = graph.call_function(target, tuple(values[argument.name] for argument in target._schema.arguments))
+    node.meta["val"] = fake
+    return node
+
+
+def replace(graph: Graph, old: Node, name: str, values: dict[str, object], fake: object = None) -> Node:
+    """Put a call of our operator in the place of `old`."""
+    with graph.inserting_before(old):
+        new = create(graph, name, values, old.meta["val"] if fake is None else fake)
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    return new
+
+
+def same_size(a: object, b: object) -> bool:
+    """Whether two sizes are known to be equal: the same integer or the same symbolic expression."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"].shape, b.meta["val"].shape
+    return len(x) == len(y) and all(map(same_size, x, y))
+
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+
+
+def through_views(node: object) -> object:
+    """The tensor behind a chain of views: the same elements in the same order."""
+    while is_call(node, *VIEWS):
+        node = node.args[0]
+    return node

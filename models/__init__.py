@@ -1,0 +1,1 @@
+"""What model families need beyond vLLM's own definitions; installed as `vllm_mindspore.models`."""

@@ -1,0 +1,180 @@
+"""The checkpoints are what they claim: vLLM takes them, their references run, and their text can tell errors apart."""
+
+import json
+import math
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.models import checkpoints
+from tests.models.families import FAMILIES, SERVED, TOKENIZER_SIZE
+from tests.models.reference import MAX_TOKENS, PROMPTS, reference
+
+ROOT = Path(__file__).parents[2]
+REFUSED = [name for name in FAMILIES if name not in SERVED]
+
+
+@pytest.fixture
+def model_config(monkeypatch):
+    """vLLM's ModelConfig of a family, made without a network and without the inspection subprocess (10 s each)."""
+
+    def refuse(self, address):
+        raise AssertionError(f"connects to {address}")
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+    def make(name: str):
+        args = EngineArgs(model=str(checkpoints.checkpoint(name)), dtype="float32", **FAMILIES[name].llm)
+        return args.create_model_config()
+
+    return make
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_vllm_resolves_the_family_to_its_own_class(name, model_config):
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    config = model_config(name)
+    assert config.architectures == [FAMILIES[name].architecture]
+    assert get_model_cls(config).__name__ == FAMILIES[name].vllm_class
+    assert config.max_model_len > max(map(len, PROMPTS)) + MAX_TOKENS
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vllm_still_refuses_what_it_removed(name, model_config):
+    with pytest.raises(ValueError, match=FAMILIES[name].refusal):
+        model_config(name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_text_is_diverse_and_decided(name):
+    """Many distinct tokens, and no step so close that rounding in float32 could pick another token."""
+    expected = reference(name)
+    outputs = expected.generate(PROMPTS)
+    assert all(len(output) == MAX_TOKENS for output in outputs)
+    assert min(len(set(output)) for output in outputs) >= 12
+    tokens = {token for output in outputs for token in output}
+    assert len(tokens) >= 200
+    assert max(tokens) < TOKENIZER_SIZE and min(tokens) >= len(checkpoints.SPECIAL_TOKENS)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        logits = expected.logits(prompt + output[:-1])[len(prompt) - 1 :]
+        assert logits.isfinite().all()
+        assert logits.argmax(-1).tolist() == output, "generation with a KV cache differs from one forward pass"
+        best, second = logits.topk(2).values.unbind(-1)
+        assert (best - second).min() > 5e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_rounding_leaves_room_under_the_tolerance(name):
+    """Logits must agree within 1e-4; the reference's own float32 error has to be well below."""
+    expected = reference(name)
+    ids = PROMPTS[-1] + expected.generate(PROMPTS)[-1]
+    exact = expected.logits(ids, torch.float64)
+    assert (expected.logits(ids) - exact).abs().max() < 6e-5
+
+
+def _rope_off(config):
+    layers = config.rope_parameters
+    for rope in layers.values() if "full_attention" in layers else [layers]:
+        rope["rope_type"] = "default"
+
+
+def _set(**fields):
+    return lambda config: [setattr(config, name, value) for name, value in fields.items()]
+
+
+FEATURES = [
+    *((name, "rope scaling", _rope_off) for name in ("llama3", "llama-linear", "llama-yarn", "exaone4", "exaone3")),
+    *((name, "longrope", _rope_off) for name in ("phi3-longrope", "phi3-longrope-long")),
+    ("gemma3", "rope scaling", _rope_off),
+    *((name, "sliding window", _set(sliding_window=4096)) for name in ("mistral", "gemma2", "gemma3", "exaone4")),
+    *(
+        (name, "window off by one", lambda c: setattr(c, "sliding_window", c.sliding_window + 1))
+        for name in ("mistral",)
+    ),
+    ("gemma2", "attention soft cap", _set(attn_logit_softcapping=None)),
+    ("gemma2", "final soft cap", _set(final_logit_softcapping=None)),
+    ("gemma2", "attention scale", _set(query_pre_attn_scalar=32)),
+    ("glm4", "partial rotary", lambda c: c.rope_parameters.update(partial_rotary_factor=1.0)),
+    ("stablelm", "partial rotary", lambda c: c.rope_parameters.update(partial_rotary_factor=0.5)),
+    ("granite", "residual multiplier", _set(residual_multiplier=1.0)),
+    ("granite", "attention multiplier", _set(attention_multiplier=44**-0.5)),
+    ("granite", "logits scaling", _set(logits_scaling=1.0)),
+    ("granite", "embedding multiplier", _set(embedding_multiplier=1.0)),
+    ("minicpm", "scale_emb", _set(embedding_multiplier=1.0)),
+    ("minicpm", "scale_depth", _set(residual_multiplier=1.0)),
+]
+
+
+@pytest.mark.parametrize("name,feature,change", FEATURES, ids=[f"{name}-{feature}" for name, feature, _ in FEATURES])
+def test_leaving_a_feature_out_is_visible(name, feature, change):
+    """A backend that ignored the feature would miss the logits by far more than the tolerance."""
+    expected = reference(name)
+    folder = expected.folder if FAMILIES[name].hub_format is None else expected.folder / "reference"
+    config = AutoConfig.from_pretrained(folder)
+    expected._adjust(config)
+    change(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([PROMPTS[-1]]), use_cache=False).logits[0]
+    assert (logits - expected.logits(PROMPTS[-1])).abs().max() > 1e-2, feature
+
+
+@pytest.mark.parametrize("name", ["llama2", "internlm2", "gpt2"])
+def test_bfloat16_checkpoint_is_the_rounded_float32_one(name):
+    exact, rounded = (load_file(checkpoints.checkpoint(name, d) / "model.safetensors") for d in ("float32", "bfloat16"))
+    assert exact.keys() == rounded.keys()
+    for tensor in exact:
+        assert exact[tensor].dtype == torch.float32 and rounded[tensor].dtype == torch.bfloat16
+        assert torch.equal(exact[tensor].bfloat16(), rounded[tensor])
+
+
+def test_chat_template_and_tokenizer_round_trip():
+    tokenizer = checkpoints.tokenizer()
+    text = "def f(x):\n    return 'grün' + x  # ∑"
+    assert len(tokenizer) == TOKENIZER_SIZE and tokenizer.decode(tokenizer.encode(text)) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _write_and_list(folder: str) -> list[str]:
+    os.environ["VLLM_MS_TEST_CACHE"] = folder
+    return sorted(path.name for path in checkpoints.checkpoint("internlm2").iterdir())
+
+
+def test_processes_that_write_at_once_share_one_whole_checkpoint(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        listings = pool.map(_write_and_list, [str(tmp_path)] * 3, chunksize=1)
+    assert listings[0] == listings[1] == listings[2] and "tokenizer.json" in listings[0]
+    assert not list(tmp_path.glob("*/.*-*")), "a temporary folder was left behind"
+
+
+@pytest.mark.slow
+def test_vllm_classes_in_plain_pytorch_equal_the_references():
+    """Every tensor name, configuration field and formula, before any MindSpore is involved."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.models.eager", *SERVED], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = {r["name"]: r for r in (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))}
+    assert results.keys() == set(SERVED)
+    for name, result in results.items():
+        assert result["class"] == FAMILIES[name].vllm_class and result["module"].startswith("vllm.")
+        assert math.isfinite(result["error"]) and result["error"] < 5e-5, result
+        assert result["greedy"], result

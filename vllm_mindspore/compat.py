@@ -1,0 +1,113 @@
+"""Which versions of the packages underneath can work, checked from their metadata: nothing heavy is imported."""
+
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+MINIMUM_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Versions of `distribution` from `minimum` (included) up to `below` (excluded), and why there is a limit."""
+
+    distribution: str
+    minimum: str
+    below: str
+    reason: str
+    advice: str
+
+    @property
+    def supported(self) -> str:
+        return f">={self.minimum},<{self.below}"
+
+
+REQUIREMENTS = (
+    Requirement(
+        "vllm",
+        "0.32",
+        "0.34",
+        "the worker and the platform follow the internals of vLLM 0.32 and 0.33",
+        "See docs/installation.md for how to build vLLM without device kernels.",
+    ),
+    Requirement(
+        "torch",
+        "2.13",
+        "2.15",
+        "vLLM 0.32 is written for PyTorch 2.13, vLLM 0.33 for 2.14",
+        "Install the CPU build: pip install 'torch==2.13.0' --index-url https://download.pytorch.org/whl/cpu",
+    ),
+    Requirement(
+        "mindspore",
+        "2.10",
+        "2.11",
+        "operators and graphs are built and tested against MindSpore 2.10",
+        "pip install 'mindspore==2.10.0'",
+    ),
+    Requirement(
+        "numpy",
+        "1.25",
+        "2",
+        "MindSpore 2.10 is built for NumPy 1.x: under NumPy 2 its first operation fails with 'Numpy init failed'",
+        "pip install 'numpy==1.26.4'",
+    ),
+)
+
+
+class UnsupportedEnvironmentError(RuntimeError):
+    """This Python environment cannot run vllm-mindspore; `problems` has one sentence per reason."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__(
+            "vllm-mindspore cannot run in this environment:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\n`vllm-mindspore env` prints all versions; docs/installation.md has the supported ones."
+        )
+        self.problems = problems
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution from its metadata, or None when it is not installed or unreadable."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The release numbers, so that a development or local build counts as its release: 0.32.0+empty -> (0, 32, 0)."""
+    from packaging.version import Version
+
+    return Version(version).release
+
+
+def _problem(requirement: Requirement) -> str | None:
+    name = requirement.distribution
+    found = installed_version(name)
+    needed = f"{name}{requirement.supported} is needed. {requirement.advice}"
+    if found is None:
+        return f"{name} is not installed; {needed}"
+    try:
+        release = _release(found)
+    except ValueError:
+        return f"{name} has the unreadable version {found!r}; {needed}"
+    if _release(requirement.minimum) <= release < _release(requirement.below):
+        return None
+    return f"{name} {found} is not supported ({requirement.supported}): {requirement.reason}. {requirement.advice}"
+
+
+def check_environment() -> list[str]:
+    """One sentence per problem that keeps this package from running: what was found, what is supported, what to do."""
+    problems = []
+    if sys.version_info < MINIMUM_PYTHON:
+        wanted = ".".join(map(str, MINIMUM_PYTHON))
+        problems.append(f"Python {sys.version.split()[0]} is not supported; Python {wanted} or later is needed.")
+    problems.extend(problem for problem in map(_problem, REQUIREMENTS) if problem)
+    return problems
+
+
+def require_supported_environment() -> None:
+    """Raise `UnsupportedEnvironmentError` with every problem that `check_environment` finds."""
+    problems = check_environment()
+    if problems:
+        raise UnsupportedEnvironmentError(problems)

@@ -1,0 +1,126 @@
+"""What this backend makes of vLLM's configuration: defaults it sets, and what it refuses before a model loads."""
+
+from vllm.logger import init_logger
+
+from vllm_mindspore import options
+
+logger = init_logger("vllm.vllm_mindspore.config")
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+class UnsupportedOptionError(ValueError):
+    """An option, or a model's property, that the MindSpore backend cannot serve."""
+
+    def __init__(self, what: str, found: object, supported: str, advice: str):
+        super().__init__(f"{what}: found {found}. The MindSpore backend supports {supported}. {advice}")
+
+
+def check_and_update(vllm_config) -> None:
+    """Refuse what cannot be served, then set what this backend needs. `Platform.check_and_update_config`.
+
+    Raises:
+        UnsupportedOptionError: names the option, what was found, what is supported, and what to do.
+    """
+    options.backend_from_environment()
+    _refuse_parallelism(vllm_config.parallel_config)
+    _refuse_options(vllm_config)
+    if vllm_config.model_config is not None:
+        _refuse_model(vllm_config.model_config)
+    _update(vllm_config)
+
+
+def _refuse_parallelism(parallel_config) -> None:
+    for option, value in (
+        ("--tensor-parallel-size", parallel_config.tensor_parallel_size),
+        ("--pipeline-parallel-size", parallel_config.pipeline_parallel_size),
+        ("--data-parallel-size", parallel_config.data_parallel_size),
+        ("--decode-context-parallel-size", parallel_config.decode_context_parallel_size),
+    ):
+        if value > 1:
+            raise UnsupportedOptionError(option, value, "1", "Run one process per model replica.")
+    for option, value in (("--enable-dbo", parallel_config.enable_dbo), ("--enable-eplb", parallel_config.enable_eplb)):
+        if value:
+            raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
+
+
+def _refuse_options(vllm_config) -> None:
+    refused = (
+        ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
+        ("--speculative-config", vllm_config.speculative_config, "plain decoding", "Leave the option out."),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", "Leave the option out."),
+        ("--quantization", vllm_config.quant_config, "unquantized bf16, fp16 and fp32 weights", "Use such a checkpoint."),
+    )
+    for option, value, supported, advice in refused:
+        if value is not None:
+            raise UnsupportedOptionError(option, type(value).__name__, supported, advice)
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise UnsupportedOptionError(
+            "--kv-cache-dtype", cache_dtype, "auto, float16 and bfloat16", "Leave the option out."
+        )
+
+
+def _refuse_model(model_config) -> None:
+    name = model_config.model
+    if model_config.runner_type != "generate":
+        raise UnsupportedOptionError(
+            f"--runner ({name})", model_config.runner_type, "generation", "Use a text generation model."
+        )
+    if model_config.is_encoder_decoder:
+        raise UnsupportedOptionError(name, "an encoder-decoder model", "decoder-only models", "Use another model.")
+    if model_config.is_multimodal_model:
+        raise UnsupportedOptionError(
+            name, f"a multimodal model ({model_config.architecture})", "text models", "Use the text-only checkpoint."
+        )
+    if model_config.use_mla:
+        raise UnsupportedOptionError(
+            name, "multi-head latent attention", "MHA, GQA and MQA attention", "Use another model."
+        )
+    if (model_config.get_num_experts() or 0) > 0:
+        raise UnsupportedOptionError(
+            name, f"a mixture of {model_config.get_num_experts()} experts", "dense models", "Use a dense model."
+        )
+    if model_config.is_hybrid or model_config.is_attention_free:
+        raise UnsupportedOptionError(
+            name, f"state-space layers ({model_config.architecture})", "attention models", "Use another model."
+        )
+    if model_config.enable_prompt_embeds:
+        raise UnsupportedOptionError(
+            "--enable-prompt-embeds", True, "prompts of text or token ids", "Leave the option out."
+        )
+    if model_config.enable_sleep_mode:
+        raise UnsupportedOptionError("--enable-sleep-mode", True, "an engine that stays awake", "Leave it out.")
+
+
+def _update(vllm_config) -> None:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    if vllm_config.parallel_config.worker_cls == "auto":
+        vllm_config.parallel_config.worker_cls = "vllm_mindspore.worker.worker.MindSporeWorker"
+    vllm_config.parallel_config.disable_custom_all_reduce = True
+    compilation = vllm_config.compilation_config
+    if compilation.mode not in (None, CompilationMode.NONE):
+        logger.debug("compilation mode %s: torch.compile is replaced by the capture of one MindSpore graph", compilation.mode)
+    compilation.mode = CompilationMode.NONE
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    compilation.cudagraph_capture_sizes = []
+    compilation.max_cudagraph_capture_size = 0
+    compilation.compile_sizes = []
+    compilation.splitting_ops = []
+    compilation.ir_enable_torch_wrap = True  # norms reach the capture as single nodes
+    # Layers with a forward of ours (rotary embedding, activations) must use it.
+    compilation.custom_ops = [op for op in compilation.custom_ops if op != "none"]
+    if "all" not in compilation.custom_ops:
+        compilation.custom_ops.append("all")
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = DEFAULT_BLOCK_SIZE
+
+
+def validate_request(params) -> None:
+    """Refuse a request this backend cannot serve (`Platform.validate_request`): every sampling option is served."""
+    from vllm.pooling_params import PoolingParams
+
+    if isinstance(params, PoolingParams):
+        raise ValueError("The MindSpore backend serves text generation; pooling requests are not supported.")

@@ -1,0 +1,21 @@
+// What Python asks the library through ctypes.
+#include <cstdio>
+#include <exception>
+
+#include "isa.h"
+#include "parallel.h"
+
+#define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Writes the name of the instruction-set variant in use and returns 0, or writes what is wrong and returns 1.
+VLLM_MS_EXPORT int vllm_ms_cpu_isa(char *text, int size) {
+  try {
+    std::snprintf(text, size, "%s", vllm_ms::isa_name(vllm_ms::isa()));
+    return 0;
+  } catch (const std::exception &error) {
+    std::snprintf(text, size, "%s", error.what());
+    return 1;
+  }
+}
+
+VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }

@@ -1,0 +1,311 @@
+#include "attention.h"
+
+#include "attention_tile.h"
+#include "rotary_head.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+VLLM_MS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+VLLM_MS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory of a task; see AttentionTask for the order of rows.
+struct Workspace {
+  float *query, *accumulator, *total;        // [rows, padded]
+  float *scores;                             // [rows, kTileKeys]
+  float *max, *sum, *total_max, *total_sum;  // [rows]
+  float *keys, *values;                      // [kTileKeys, padded], for cache rows that need conversion
+  float *zeros;                              // [padded]
+};
+
+struct Task {
+  AttentionInputs in;
+  AttentionTask task;
+  Workspace work;
+  int64_t padded, group, rows_per_head, rows;
+  int64_t token, position;  // of the first query
+};
+
+Task make_task(const AttentionTaskArgs &args) {
+  Task t;
+  t.in = *args.inputs;
+  t.task = *args.task;
+  t.padded = padded_head(t.in.cache.head_size);
+  t.group = t.in.num_heads / t.in.cache.num_kv_heads;
+  t.rows_per_head = t.task.num_queries * t.group;
+  t.rows = t.task.num_heads * t.rows_per_head;
+  const int64_t start = t.in.query_start_loc[t.task.request];
+  const int64_t length = t.in.query_start_loc[t.task.request + 1] - start;
+  t.token = start + t.task.first_query;
+  t.position = t.in.seq_lens[t.task.request] - length + t.task.first_query;
+
+  float *next = args.workspace;
+  const auto take = [&next](int64_t count) {
+    float *block = next;
+    next += (count + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+    return block;
+  };
+  Workspace &w = t.work;
+  w.query = take(t.rows * t.padded);
+  w.accumulator = take(t.rows * t.padded);
+  w.total = take(t.rows * t.padded);
+  w.scores = take(t.rows * kTileKeys);
+  w.max = take(t.rows);
+  w.sum = take(t.rows);
+  w.total_max = take(t.rows);
+  w.total_sum = take(t.rows);
+  w.keys = take(kTileKeys * t.padded);
+  w.values = take(kTileKeys * t.padded);
+  w.zeros = take(t.padded);
+  std::memset(w.zeros, 0, t.padded * sizeof(float));
+  return t;
+}
+
+VLLM_MS_INLINE int64_t query_of(const Task &t, int64_t row) { return row % t.rows_per_head / t.group; }
+VLLM_MS_INLINE int64_t head_of(const Task &t, int64_t row) {
+  return (t.task.first_head + row / t.rows_per_head) * t.group + row % t.group;
+}
+
+void load_queries(const Task &t) {
+  const int64_t size = t.in.cache.head_size;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const int64_t token = t.token + query_of(t, row), head = head_of(t, row);
+    const float *query = t.in.query + token * t.in.query_stride + head * size;
+    float *out = t.work.query + row * t.padded;
+    if (t.in.query_transform != nullptr) {
+      transform_head(*t.in.query_transform, token, head, query, out);
+    } else {
+      std::memcpy(out, query, size * sizeof(float));
+    }
+    std::memset(out + size, 0, (t.padded - size) * sizeof(float));
+  }
+}
+
+void clear(float *max, float *sum, float *accumulator, int64_t rows, int64_t padded) {
+  for (int64_t row = 0; row < rows; ++row) {
+    max[row] = -kInfinity;
+    sum[row] = 0;
+  }
+  std::memset(accumulator, 0, rows * padded * sizeof(float));
+}
+
+// Folds one split's state into the total. Not inlined: one sequence of instructions for both ways of computing splits.
+__attribute__((noinline)) void fold(float max, float sum, const float *accumulator, RowState total, int64_t size) {
+  if (max == -kInfinity && sum == 0) return;  // no key seen (a NaN in the scores leaves a NaN sum)
+  if (*total.max == -kInfinity && *total.sum == 0) {
+    *total.max = max;
+    *total.sum = sum;
+    std::memcpy(total.accumulator, accumulator, size * sizeof(float));
+    return;
+  }
+  const float highest = max > *total.max ? max : *total.max;
+  const float base = highest == -kInfinity ? 0.0f : highest;
+  const Vec old_scale = softmax_exp(set1(*total.max - base)), new_scale = softmax_exp(set1(max - base));
+  for (int64_t d = 0; d < size; d += kLanes) {
+    store(total.accumulator + d, fma(load(accumulator + d), new_scale, load(total.accumulator + d) * old_scale));
+  }
+  *total.sum = fma(set1(sum), new_scale, set1(*total.sum) * old_scale)[0];
+  *total.max = highest;
+}
+
+// Divides by the denominator, to which a sink adds one term that carries no value.
+void write_row(const Task &t, int64_t row, RowState total) {
+  const int64_t size = t.in.cache.head_size, head = head_of(t, row);
+  float numerator = 1.0f, sum = *total.sum;
+  if (t.in.sinks) {
+    float sink = 0;
+    VLLM_MS_DISPATCH_FLOAT(t.in.sinks.dtype, T, { sink = to_float(static_cast<const T *>(t.in.sinks.data)[head]); })
+    const float highest = sink > *total.max ? sink : *total.max;
+    numerator = softmax_exp(*total.max - highest);
+    sum = fma(set1(sum), set1(numerator), softmax_exp(set1(sink - highest)))[0];
+  }
+  const Vec scale = set1(sum == 0 ? 0.0f : numerator / sum);
+  float *out = t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head) * size;
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(out + d, load(total.accumulator + d) * scale);
+  if (d < size) store_n(out + d, load(total.accumulator + d) * scale, size - d);
+}
+
+// The cache slots of keys [begin, end) of the tile starting at position `tile`.
+void find_slots(const Task &t, int64_t tile, int64_t begin, int64_t end, int64_t *slots) {
+  const int32_t *blocks = t.in.block_table + t.task.request * t.in.max_blocks;
+  int64_t block = (tile + begin) / t.in.block_size, offset = (tile + begin) % t.in.block_size;
+  for (int64_t j = begin; j < end; ++j) {
+    slots[j] = blocks[block] * t.in.block_size + offset;
+    if (++offset == t.in.block_size) {
+      offset = 0;
+      ++block;
+    }
+  }
+}
+
+template <class T>
+VLLM_MS_INLINE void convert_row(const T *row, int64_t size, float *out) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(out + d, load(row + d));
+  if (d < size) store(out + d, load_n(row + d, size - d));
+}
+
+struct Tile {
+  int64_t start;       // position of its first key
+  int64_t begin, end;  // the keys in use, relative to start
+  int64_t slots[kTileKeys];
+  const float *keys[kTileKeys], *values[kTileKeys];  // rows as float, whole vectors; zeros where not in use
+};
+
+// Points tile.keys and tile.values at one KV head's rows: at the cache where it can be read as it is, else at a float
+// copy. Rows of `ahead`, the next tile to be loaded, are prefetched.
+template <class T>
+void load_rows(const Task &t, int64_t head, const int64_t *ahead, int64_t ahead_head, Tile &tile) {
+  const int64_t size = t.in.cache.head_size, heads = t.in.cache.num_kv_heads;
+  const T *cache = static_cast<const T *>(t.in.cache.data);
+  const bool direct = sizeof(T) == sizeof(float) && size % kLanes == 0;
+  for (int64_t j = 0; j < kTileKeys; ++j) {
+    if (j < tile.begin || j >= tile.end) {
+      tile.keys[j] = tile.values[j] = t.work.zeros;
+      continue;
+    }
+    const char *next = reinterpret_cast<const char *>(cache + (ahead[j] * heads + ahead_head) * 2 * size);
+    for (int64_t byte = 0; byte < 2 * size * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+    const T *row = cache + (tile.slots[j] * heads + head) * 2 * size;
+    if (direct) {
+      tile.keys[j] = reinterpret_cast<const float *>(row);
+      tile.values[j] = reinterpret_cast<const float *>(row + size);
+      continue;
+    }
+    float *key = t.work.keys + j * t.padded, *value = t.work.values + j * t.padded;
+    convert_row(row, size, key);
+    convert_row(row + size, size, value);
+    tile.keys[j] = key;
+    tile.values[j] = value;
+  }
+}
+
+struct KeyRange {
+  int64_t begin, end;  // relative to the tile; empty when begin >= end
+};
+
+VLLM_MS_INLINE KeyRange keys_of(const Task &t, const Tile &tile, int64_t query) {
+  const int64_t position = t.position + query;
+  return {max_of(first_key(t.in, position) - tile.start, tile.begin), min_of(position + 1 - tile.start, tile.end)};
+}
+
+// One tile against the rows of one KV head.
+void attend(const Task &t, const Tile &tile, int64_t head) {
+  const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
+  const Workspace &w = t.work;
+  for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
+    // Later queries see later keys, so the group's range is that of its first and last row.
+    const KeyRange low = keys_of(t, tile, row / t.group), high = keys_of(t, tile, (row + R.value - 1) / t.group);
+    score_rows<R.value>(w.query + (first + row) * t.padded, t.padded, tile.keys, low.begin, high.end, size,
+                        w.scores + (first + row) * kTileKeys);
+  });
+  for (int64_t row = 0; row < t.rows_per_head; ++row) {
+    const int64_t query = row / t.group, i = first + row;
+    const KeyRange range = keys_of(t, tile, query);
+    if (range.begin >= range.end) continue;
+    float slope = 0;
+    if (t.in.alibi_slopes) {
+      VLLM_MS_DISPATCH_FLOAT(t.in.alibi_slopes.dtype, T, {
+        slope = to_float(static_cast<const T *>(t.in.alibi_slopes.data)[head_of(t, i)]);
+      })
+    }
+    softmax_row(t.in, w.scores + i * kTileKeys, range.begin, range.end, slope, tile.start - (t.position + query),
+                {w.accumulator + i * t.padded, w.max + i, w.sum + i});
+  }
+  for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
+    const KeyRange low = keys_of(t, tile, row / t.group), high = keys_of(t, tile, (row + R.value - 1) / t.group);
+    const int64_t begin = high.begin, end = max_of(low.end, begin);  // what all rows of the group see
+    float *accumulator = w.accumulator + (first + row) * t.padded;
+    const float *weights = w.scores + (first + row) * kTileKeys;
+    const auto one_by_one = [&](int64_t from, int64_t to) {
+      for (int64_t r = 0; r < R.value; ++r) {
+        const KeyRange range = keys_of(t, tile, (row + r) / t.group);
+        accumulate_rows<1>(accumulator + r * t.padded, t.padded, weights + r * kTileKeys, tile.values,
+                           max_of(from, range.begin), min_of(to, range.end), size);
+      }
+    };
+    if (low.begin < begin) one_by_one(tile.begin, begin);
+    accumulate_rows<R.value>(accumulator, t.padded, weights, tile.values, begin, end, size);
+    if (high.end > end) one_by_one(end, tile.end);
+  });
+}
+
+void find_tile(const Task &t, int64_t start, Tile &tile) {
+  tile.start = start;
+  tile.begin = max_of(t.task.key_begin - start, 0);
+  tile.end = min_of(t.task.key_end - start, kTileKeys);
+  find_slots(t, start, tile.begin, tile.end, tile.slots);
+}
+
+// Visits the keys of one split, [begin, end) in positions, begin a multiple of kTileKeys.
+void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
+  const int64_t last_head = t.task.first_head + t.task.num_heads - 1;
+  for (int64_t start = begin; start < end; start += kTileKeys) {
+    find_tile(t, start, tile);
+    int64_t following[kTileKeys];
+    for (int64_t j = 0; j < kTileKeys; ++j) following[j] = tile.slots[j >= tile.begin && j < tile.end ? j : tile.begin];
+    if (start + kTileKeys < t.task.key_end) {
+      find_slots(t, start + kTileKeys, 0, min_of(t.task.key_end - start - kTileKeys, kTileKeys), following);
+    }
+    for (int64_t head = t.task.first_head; head <= last_head; ++head) {
+      const bool last = head == last_head;
+      VLLM_MS_DISPATCH_FLOAT(t.in.cache.dtype, T, {
+        load_rows<T>(t, head, last ? following : tile.slots, last ? t.task.first_head : head + 1, tile);
+      })
+      attend(t, tile, head);
+    }
+  }
+}
+
+}  // namespace
+
+void run_attention(const AttentionTaskArgs &args) {
+  const Task t = make_task(args);
+  const Workspace &w = t.work;
+  const int64_t size = t.in.cache.head_size, state = attention_state(t.in.cache.head_size);
+  float *partial = t.task.partial;
+  Tile tile;
+  load_queries(t);
+  if (partial == nullptr) clear(w.total_max, w.total_sum, w.total, t.rows, t.padded);
+  for (int64_t begin = t.task.key_begin / kSplitKeys * kSplitKeys; begin < t.task.key_end; begin += kSplitKeys) {
+    clear(w.max, w.sum, w.accumulator, t.rows, t.padded);
+    run_split(t, max_of(begin, t.task.key_begin / kTileKeys * kTileKeys), min_of(begin + kSplitKeys, t.task.key_end),
+              tile);
+    for (int64_t row = 0; row < t.rows; ++row) {
+      const float *accumulator = w.accumulator + row * t.padded;
+      if (partial == nullptr) {
+        fold(w.max[row], w.sum[row], accumulator, {w.total + row * t.padded, w.total_max + row, w.total_sum + row}, size);
+      } else {
+        std::memcpy(partial, accumulator, t.padded * sizeof(float));
+        partial[t.padded] = w.max[row];
+        partial[t.padded + 1] = w.sum[row];
+        partial += state;
+      }
+    }
+  }
+  if (partial != nullptr) return;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    write_row(t, row, {w.total + row * t.padded, w.total_max + row, w.total_sum + row});
+  }
+}
+
+void merge_attention(const AttentionTaskArgs &args) {
+  const Task t = make_task(args);
+  const Workspace &w = t.work;
+  const int64_t state = attention_state(t.in.cache.head_size);
+  const int64_t splits = (t.task.key_end - 1) / kSplitKeys - t.task.key_begin / kSplitKeys + 1;
+  clear(w.total_max, w.total_sum, w.total, t.rows, t.padded);
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const RowState total{w.total + row * t.padded, w.total_max + row, w.total_sum + row};
+    for (int64_t split = 0; split < splits; ++split) {
+      const float *partial = t.task.partial + (split * t.rows + row) * state;
+      fold(partial[t.padded], partial[t.padded + 1], partial, total, t.in.cache.head_size);
+    }
+    write_row(t, row, total);
+  }
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

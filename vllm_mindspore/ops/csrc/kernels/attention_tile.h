@@ -1,0 +1,204 @@
+// The three inner loops of attention over one tile of keys: scores, softmax, accumulation.
+#pragma once
+
+#include "../vec_math.h"
+#include "attention.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxRows = 4;  // 32 vector registers
+#else
+constexpr int kMaxRows = 2;  // 16 vector registers
+#endif
+
+// Calls body(std::integral_constant-like R, row) over rows in groups of 4, 2 and 1.
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+template <class Body>
+VLLM_MS_INLINE void for_row_groups(int64_t rows, Body body) {
+  int64_t row = 0;
+  if (kMaxRows >= 4) {
+    for (; row + 4 <= rows; row += 4) body(Rows<(kMaxRows >= 4 ? 4 : 1)>{}, row);
+  }
+  for (; row + 2 <= rows; row += 2) body(Rows<2>{}, row);
+  if (row < rows) body(Rows<1>{}, row);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; the order of additions is the same for every i.
+VLLM_MS_INLINE Vec sum_each(const Vec *v) {
+#if defined(__AVX512F__)
+  __m512 quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = reinterpret_cast<__m512>(v[4 * i]), b = reinterpret_cast<__m512>(v[4 * i + 1]);
+    const __m512 c = reinterpret_cast<__m512>(v[4 * i + 2]), d = reinterpret_cast<__m512>(v[4 * i + 3]);
+    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                                   _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                                    _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+  return reinterpret_cast<Vec>(
+      _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
+#elif defined(__AVX2__)
+  __m256 quads[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256 ab = _mm256_hadd_ps(reinterpret_cast<__m256>(v[4 * i]), reinterpret_cast<__m256>(v[4 * i + 1]));
+    const __m256 cd = _mm256_hadd_ps(reinterpret_cast<__m256>(v[4 * i + 2]), reinterpret_cast<__m256>(v[4 * i + 3]));
+    quads[i] = _mm256_hadd_ps(ab, cd);
+  }
+  return reinterpret_cast<Vec>(_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                                             _mm256_permute2f128_ps(quads[0], quads[1], 0x31)));
+#else
+  const Vec a = v[0], b = v[1], c = v[2], d = v[3];
+  const IVec low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  return __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, second);
+#endif
+}
+
+// scores[r, j] = query[r] . key[j] for j in [begin, end), and for other j of the tile as it comes. R rows by K keys are
+// held in registers; each dot product is one chain of fma over the head, then sum_each, whatever R and K.
+template <int R>
+VLLM_MS_INLINE void score_rows(const float *query, int64_t padded, const float *const *keys, int64_t begin, int64_t end,
+                               int64_t head_size, float *scores) {
+  constexpr int K = R == 4 ? 4 : R == 2 ? (kLanes > 8 ? 8 : 4) : (kLanes > 8 ? 16 : 8);
+  for (int64_t j = begin / K * K; j < end; j += K) {
+    Vec sums[R * K] = {};
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Vec q[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) q[r] = load(query + r * padded + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) {
+        const Vec key = load(keys[j + k] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r * K + k] = fma(q[r], key, sums[r * K + k]);
+      }
+    }
+    float flat[R * K];
+#pragma GCC unroll 4
+    for (int i = 0; i < R * K; i += kLanes) store(flat + i, sum_each(sums + i));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTileKeys + j, flat + r * K, K * sizeof(float));
+  }
+}
+
+// e^x for x <= 0, exactly 0 below e^-87: no subnormal, which would be slow, and no trace of a masked score.
+VLLM_MS_INLINE Vec softmax_exp(Vec x) { return x < -87.0f ? zero() : vexp(vmax(set1(-87.0f), x)); }
+VLLM_MS_INLINE float softmax_exp(float x) { return softmax_exp(set1(x))[0]; }
+
+struct RowState {
+  float *accumulator;  // [head_size]
+  float *max;
+  float *sum;
+};
+
+// Turns the scores of keys [begin, end) into weights relative to the row's running maximum, and rescales the row's sum
+// and accumulator to it. Weights outside [begin, end) are not to be read. `distance` = position of scores[0] - position
+// of the query.
+VLLM_MS_INLINE void softmax_row(const AttentionInputs &in, float *scores, int64_t begin, int64_t end, float slope,
+                                int64_t distance, RowState row) {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  Vec highest = set1(-kInfinity);
+  const int64_t start = begin / kLanes * kLanes;
+  for (int64_t j = start; j < end; j += kLanes) {
+    Vec x = load(scores + j) * in.scale;
+    if (in.soft_cap > 0) x = in.soft_cap * vtanh(x / in.soft_cap);
+    const IVec key = lane + static_cast<int32_t>(j);
+    if (in.alibi_slopes) {
+      x = fma(set1(slope), __builtin_convertvector(key + static_cast<int32_t>(distance), Vec), x);
+    }
+    const IVec seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
+    x = seen ? x : set1(-kInfinity);
+    store(scores + j, x);
+    highest = vmax(x, highest);
+  }
+  const float before = *row.max, now = vmax(set1(hmax(highest)), set1(before))[0];
+  const float base = now == -kInfinity ? 0.0f : now;
+  Vec sum = zero();
+  for (int64_t j = start; j < end; j += kLanes) {
+    const Vec weight = softmax_exp(load(scores + j) - base);
+    store(scores + j, weight);
+    sum += weight;
+  }
+  float rescale = 1.0f;
+  if (before != now && before != -kInfinity) {
+    rescale = softmax_exp(before - now);
+    const Vec scales = set1(rescale);
+    for (int64_t d = 0; d < in.cache.head_size; d += kLanes) {
+      store(row.accumulator + d, load(row.accumulator + d) * scales);
+    }
+  }
+  *row.max = now;
+  *row.sum = *row.sum * rescale + hsum(sum);
+}
+
+// accumulator[r, offset : offset + N * kLanes] += weights[r, j] * value[j] for j in [begin, end), ascending: one chain
+// of fma per element, so that a range may be cut anywhere.
+template <int R, int N>
+VLLM_MS_INLINE void accumulate(float *accumulator, int64_t padded, const float *weights, const float *const *values,
+                               int64_t begin, int64_t end, int64_t offset) {
+  Vec sums[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[r][n] = load(accumulator + r * padded + offset + n * kLanes);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    Vec value[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) value[n] = load(values[j] + offset + n * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = set1(weights[r * kTileKeys + j]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[r][n] = fma(weight, value[n], sums[r][n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(accumulator + r * padded + offset + n * kLanes, sums[r][n]);
+  }
+}
+
+template <int R>
+void accumulate_rows(float *accumulator, int64_t padded, const float *weights, const float *const *values,
+                     int64_t begin, int64_t end, int64_t head_size) {
+  int64_t d = 0;
+  if (R == 1) {
+    for (; d + 7 * kLanes < head_size; d += 8 * kLanes) {
+      accumulate<R, (R == 1 ? 8 : 1)>(accumulator, padded, weights, values, begin, end, d);
+    }
+  }
+  for (; d + 3 * kLanes < head_size; d += 4 * kLanes) {
+    accumulate<R, 4>(accumulator, padded, weights, values, begin, end, d);
+  }
+  switch ((head_size - d + kLanes - 1) / kLanes) {
+    case 3:
+      return accumulate<R, 3>(accumulator, padded, weights, values, begin, end, d);
+    case 2:
+      return accumulate<R, 2>(accumulator, padded, weights, values, begin, end, d);
+    case 1:
+      return accumulate<R, 1>(accumulator, padded, weights, values, begin, end, d);
+    default:
+      return;
+  }
+}
+
+}  // namespace
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

@@ -1,0 +1,39 @@
+#include "embedding.h"
+
+#include "../parallel.h"
+#include "../vec.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+template <class T>
+void convert_row(const T *row, float *out, int64_t width) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(row + i));
+  for (; i < width; ++i) out[i] = to_float(row[i]);
+}
+
+}  // namespace
+
+void embedding(const EmbeddingArgs &args) {
+  constexpr int64_t kElementsPerChunk = 16384;
+  const int64_t grain = args.width > 0 ? (kElementsPerChunk + args.width - 1) / args.width : args.tokens;
+  parallel_for(args.tokens, grain, [&args](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t id = args.id_dtype == DType::i32 ? static_cast<const int32_t *>(args.ids)[t]
+                                                     : static_cast<const int64_t *>(args.ids)[t];
+      float *out = args.out + t * args.width;
+      if (id < 0 || id >= args.vocabulary) {
+        std::memset(out, 0, args.width * sizeof(float));
+        continue;
+      }
+      VLLM_MS_DISPATCH_FLOAT(args.weight.dtype, T, {
+        convert_row(static_cast<const T *>(args.weight.data) + id * args.width, out, args.width);
+      });
+    }
+  });
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

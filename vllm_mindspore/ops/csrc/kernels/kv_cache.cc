@@ -1,0 +1,42 @@
+#include "kv_cache.h"
+
+#include "rotary_head.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+template <class T>
+VLLM_MS_INLINE void convert(const float *x, int64_t size, T *out) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
+  if (i < size) store_n(out + i, load_n(x + i, size - i), size - i);
+}
+
+template <class T>
+void write_tokens(const KvWriteArgs &args) {
+  const int64_t size = args.cache.head_size, heads = args.cache.num_kv_heads;
+  for (int64_t token = args.begin; token < args.end; ++token) {
+    const int64_t slot = args.slot_mapping[token];
+    if (slot < 0 || slot >= args.cache.num_slots) continue;
+    for (int64_t head = 0; head < heads; ++head) {
+      const float *key = args.key + token * args.key_stride + head * size;
+      if (args.key_transform != nullptr) {
+        transform_head(*args.key_transform, token, head, key, args.workspace);
+        key = args.workspace;
+      }
+      T *row = static_cast<T *>(args.cache.data) + (slot * heads + head) * 2 * size;
+      convert(key, size, row);
+      convert(args.value + token * args.value_stride + head * size, size, row + size);
+    }
+  }
+}
+
+}  // namespace
+
+void kv_write_tokens(const KvWriteArgs &args) {
+  VLLM_MS_DISPATCH_FLOAT(args.cache.dtype, T, { write_tokens<T>(args); })
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

@@ -1,0 +1,242 @@
+#include "linear.h"
+
+#include <type_traits>
+
+#include "../parallel.h"
+#include "activation_vec.h"
+#include "dot_tile.h"
+#include "norm_row.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+constexpr int kBlock = 32;                   // weight rows per unit of work: 4 tiles, gated: 2 of gate and 2 of up
+constexpr int64_t kPanelBytes = 16 << 10;    // of one tile's weights, to stay in the first-level cache
+constexpr int64_t kPackedBytes = 1 << 20;    // of packed activations, to stay in the second-level cache
+constexpr int64_t kMinTokens = 24;
+constexpr int64_t kMaxTokens = 768;
+constexpr int64_t kPanelTokens = 6;          // from here on a tile's weights are read panel by panel
+
+VLLM_MS_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+VLLM_MS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+VLLM_MS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Activations of a block of tokens, normalised, converted to X and padded with zeros to whole steps.
+template <class X>
+struct PackedTokens {
+  X *data;
+  int64_t tokens, stride;
+};
+
+template <class X>
+void pack_tokens(const LinearArgs &args, int64_t first, const PackedTokens<X> &packed) {
+  const NormArgs norm{nullptr,          nullptr,        0,         args.k,   args.norm_weight,
+                      args.norm_bias,   args.norm,      args.eps,  args.norm_offset};
+  constexpr int64_t kElementsPerChunk = 16384;
+  parallel_for(packed.tokens, max64(1, kElementsPerChunk / max64(1, args.k)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      X *out = packed.data + r * packed.stride;
+      normalise_row(norm, args.x + (first + r) * args.k, [out](int64_t i, Vec v, int64_t n) {
+        if (n == kLanes) {
+          store(out + i, v);
+        } else {
+          store_n(out + i, v, n);
+        }
+      });
+      std::memset(out + args.k, 0, (packed.stride - args.k) * sizeof(X));
+    }
+  });
+}
+
+// 8 weight rows and their last, incomplete step padded with zeros. Rows beyond the matrix repeat the last one; their
+// results are not used.
+template <class T>
+struct WeightTile {
+  static constexpr int kStep = Packed<T>::kStep;
+  const T *rows[kTileRows];
+  const T *tail_rows[kTileRows];
+  int64_t whole, rest;  // elements in whole steps, and after them
+  alignas(64) T tails[kTileRows * kStep];
+
+  WeightTile(const T *weight, int64_t row, int64_t count, int64_t k) : whole(k / kStep * kStep), rest(k % kStep) {
+    if (rest != 0) std::memset(tails, 0, sizeof(tails));
+    for (int i = 0; i < kTileRows; ++i) {
+      rows[i] = weight + (row + min64(i, count - 1)) * k;
+      tail_rows[i] = tails + i * kStep;
+      if (rest != 0) std::memcpy(tails + i * kStep, rows[i] + whole, rest * sizeof(T));
+    }
+  }
+};
+
+// One range of k of a weight tile, as the inner kernel reads it.
+template <class T>
+struct Panel {
+  const T *const *rows;
+  int64_t begin, end;
+  bool first, last;
+};
+
+// `MT` tokens from `token` on. Sums wait in `partial` between the panels of a tile: out is complete with the last.
+template <int MT, class T, class P, class X>
+VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, int64_t token,
+                             float *partial, float *out) {
+  constexpr int NR = rows_at_once(MT);
+  const X *first = x.data + token * x.stride;
+  for (int row = 0; row < kTileRows; row += NR) {
+    Vec acc[NR][MT];
+    float *saved = partial + (token * kTileRows + row) * kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < NR; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < MT; ++j) acc[i][j] = panel.first ? zero() : load(saved + (j * kTileRows + i) * kLanes);
+    }
+    accumulate<NR, MT, MT == 1>(panel.rows + row, first, x.stride, panel.begin, panel.end, acc);
+    if (!panel.last) {
+#pragma GCC unroll 8
+      for (int i = 0; i < NR; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < MT; ++j) store(saved + (j * kTileRows + i) * kLanes, acc[i][j]);
+      }
+      continue;
+    }
+    if (tile.rest != 0) {
+      accumulate<NR, MT, false>(tile.tail_rows + row, first + tile.whole, x.stride, 0, WeightTile<T>::kStep, acc);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < MT; ++j) reduce_rows(acc, j, out + (token + j) * kBlock + row);
+  }
+}
+
+template <class T, class P, class X>
+void run_panel(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, float *partial,
+               float *out) {
+  int64_t token = 0;
+  // 4 tokens are better served as 2 + 2 than as 3 + 1
+  while (x.tokens - token >= kTileTokens && x.tokens - token != 4) {
+    run_tile<kTileTokens>(tile, panel, x, token, partial, out);
+    token += kTileTokens;
+  }
+  for (; x.tokens - token >= 2; token += 2) run_tile<2>(tile, panel, x, token, partial, out);
+  if (token < x.tokens) run_tile<1>(tile, panel, x, token, partial, out);
+}
+
+// out[t * kBlock + i] = row i of the tile times token t.
+template <class T, class X>
+void multiply_tile(const WeightTile<T> &tile, const PackedTokens<X> &x, float *partial, float *out) {
+  constexpr bool converted = !std::is_same<T, float>::value && std::is_same<X, float>::value;
+  constexpr int64_t kPanel = kPanelBytes / kTileRows / sizeof(X);
+  if (x.tokens < kPanelTokens || (!converted && tile.whole <= kPanel)) {
+    run_panel(tile, Panel<T>{tile.rows, 0, tile.whole, true, true}, x, partial, out);
+    return;
+  }
+  alignas(64) float panel[converted ? kTileRows * kPanel : 1];
+  for (int64_t begin = 0; begin == 0 || begin < tile.whole; begin += kPanel) {
+    const int64_t end = min64(begin + kPanel, tile.whole);
+    const bool last = end == tile.whole;
+    if constexpr (converted) {
+      const float *rows[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) {
+        float *row = panel + i * kPanel;
+        for (int64_t k = begin; k < end; k += kLanes) store(row + k - begin, load(tile.rows[i] + k));
+        rows[i] = row - begin;
+      }
+      run_panel(tile, Panel<float>{rows, begin, end, begin == 0, last}, x, partial, out);
+    } else {
+      run_panel(tile, Panel<T>{tile.rows, begin, end, begin == 0, last}, x, partial, out);
+    }
+  }
+}
+
+// Bias, activation and residual of `count` output columns from `column` on; sums[t * kBlock ...].
+void finish_block(const LinearArgs &args, int64_t first_token, int64_t tokens, int64_t column, int64_t count,
+                  const float *sums) {
+  const bool gated = args.activation.gated;
+  const int64_t width = gated ? args.n / 2 : args.n;
+  constexpr int kUp = kBlock / 2;
+  alignas(64) float bias[kBlock] = {};
+  if (args.bias) {
+    VLLM_MS_DISPATCH_FLOAT(args.bias.dtype, B, {
+      const B *values = static_cast<const B *>(args.bias.data);
+      for (int64_t i = 0; i < count; ++i) {
+        bias[i] = to_float(values[column + i]);
+        if (gated) bias[kUp + i] = to_float(values[width + column + i]);
+      }
+    });
+  }
+  with_activation(args.activation.kind, [&](auto tag) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float *sum = sums + t * kBlock;
+      const int64_t offset = (first_token + t) * width + column;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        Vec v = load(sum + i);
+        if (args.bias) v += load(bias + i);
+        v = activate<decltype(tag)::value>(v);
+        if (gated) {
+          Vec up = load(sum + kUp + i);
+          if (args.bias) up += load(bias + kUp + i);
+          v *= up;
+        }
+        const int64_t n = min64(kLanes, count - i);
+        if (n == kLanes) {
+          if (args.residual != nullptr) v += load(args.residual + offset + i);
+          store(args.out + offset + i, v);
+        } else {
+          if (args.residual != nullptr) v += load_n(args.residual + offset + i, n);
+          store_n(args.out + offset + i, v, n);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedTokens<typename Packed<T>::Type> &x) {
+  const T *weight = static_cast<const T *>(args.weight.data);
+  const bool gated = args.activation.gated;
+  const int64_t width = gated ? args.n / 2 : args.n;
+  const int64_t columns = gated ? kBlock / 2 : kBlock;  // outputs per block
+  const int64_t blocks = (width + columns - 1) / columns;
+  constexpr int64_t kWorkPerChunk = 1 << 18;  // multiply-adds below which a second thread does not pay
+  const int64_t work = max64(1, kBlock * args.k * x.tokens);
+  parallel_for(blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
+    const Scratch sums_buffer(x.tokens * kBlock * sizeof(float));
+    const Scratch partial_buffer(x.tokens * kTileRows * sizeof(Vec));
+    float *sums = sums_buffer.as<float>();
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t column = block * columns;
+      const int64_t count = min64(columns, width - column);
+      for (int half = 0; half < (gated ? 2 : 1); ++half) {
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          const WeightTile<T> tile(weight, half * width + column + i, min64(kTileRows, count - i), args.k);
+          multiply_tile(tile, x, partial_buffer.as<float>(), sums + half * (kBlock / 2) + i);
+        }
+      }
+      finish_block(args, first_token, x.tokens, column, count, sums);
+    }
+  });
+}
+
+template <class T>
+void run(const LinearArgs &args) {
+  using X = typename Packed<T>::Type;
+  const int64_t stride = round_up(args.k, Packed<T>::kStep);
+  const int64_t fitting = kPackedBytes / max64(1, stride * sizeof(X)) / kTileTokens * kTileTokens;
+  const int64_t tokens = min64(args.m, max64(kMinTokens, min64(kMaxTokens, fitting)));
+  const Scratch buffer(tokens * stride * sizeof(X));
+  for (int64_t first = 0; first < args.m; first += tokens) {
+    const PackedTokens<X> x{buffer.as<X>(), min64(tokens, args.m - first), stride};
+    pack_tokens(args, first, x);
+    multiply_blocks<T>(args, first, x);
+  }
+}
+
+}  // namespace
+
+void linear(const LinearArgs &args) {
+  if (args.m == 0 || args.n == 0) return;
+  VLLM_MS_DISPATCH_FLOAT(args.weight.dtype, T, { run<T>(args); });
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

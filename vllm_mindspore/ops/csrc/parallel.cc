@@ -1,0 +1,282 @@
+#include "parallel.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace vllm_ms {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kChunksPerThread = 4;
+constexpr int kWorkerSpins = 8000;   // some 100 us: longer than the gap between two operators of one graph
+constexpr int kCallerSpins = 20000;
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t> *word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t> *word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// The main thread's mask, not the calling thread's: MindSpore's runtime may have bound the caller to one CPU.
+cpu_set_t process_affinity() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(getpid(), sizeof(set), &set) != 0) CPU_SET(0, &set);
+  return set;
+}
+
+int default_num_threads() {
+  if (const char *text = std::getenv("VLLM_MS_NUM_THREADS"); text != nullptr && *text != '\0') {
+    char *end = nullptr;
+    const long value = std::strtol(text, &end, 10);
+    if (*end == '\0' && value >= 1 && value <= kMaxThreads) return static_cast<int>(value);
+  }
+  const cpu_set_t set = process_affinity();
+  return std::max(1, CPU_COUNT(&set));
+}
+
+// One job at a time. `ticket_` holds (epoch << 32 | next chunk): claiming a chunk is one compare-and-swap, which can
+// only succeed while that epoch's job still has chunks, so a late worker never touches a finished job.
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(1) {
+    const cpu_set_t affinity = process_affinity();
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the application's threads
+    try {
+      for (; threads_ < threads; ++threads_) {
+        std::thread worker([this] { work(); });
+        pthread_setaffinity_np(worker.native_handle(), sizeof(affinity), &affinity);
+        worker.detach();
+      }
+    } catch (const std::system_error &error) {
+      std::fprintf(stderr, "vllm_ms: only %d of %d threads could be started: %s\n", threads_, threads, error.what());
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  int threads() const { return threads_; }
+
+  bool try_acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
+
+  // Call between try_acquire() and the return: runs the job to its end and releases the pool.
+  void run(int64_t n, int64_t chunk, ParallelBody body, void *context) {
+    const int64_t chunks = (n + chunk - 1) / chunk;
+    n_.store(n, std::memory_order_relaxed);
+    chunk_.store(chunk, std::memory_order_relaxed);
+    body_.store(body, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    chunks_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
+    remaining_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
+    const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_release);
+    epoch_.store(epoch, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&epoch_);
+    run_chunks(epoch);
+    wait_done();
+    busy_.store(false, std::memory_order_release);
+  }
+
+  // Ends the workers; only for set_num_threads. The object itself is never freed, a worker may still be leaving.
+  void stop() {
+    stop_.store(true, std::memory_order_seq_cst);
+    epoch_.fetch_add(1, std::memory_order_seq_cst);
+    futex_wake_all(&epoch_);
+  }
+
+ private:
+  void run_chunks(uint32_t epoch) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    for (;;) {
+      const int64_t n = n_.load(std::memory_order_relaxed);
+      const int64_t chunk = chunk_.load(std::memory_order_relaxed);
+      const ParallelBody body = body_.load(std::memory_order_relaxed);
+      void *context = context_.load(std::memory_order_relaxed);
+      const uint32_t chunks = chunks_.load(std::memory_order_relaxed);
+      const uint32_t index = static_cast<uint32_t>(ticket);
+      if (static_cast<uint32_t>(ticket >> 32) != epoch || index >= chunks) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        continue;
+      }
+      ++ticket;
+      body(context, index * chunk, std::min(n, (index + 1) * chunk));
+      if (remaining_.fetch_sub(1, std::memory_order_seq_cst) == 1 && caller_sleeps_.load(std::memory_order_seq_cst)) {
+        futex_wake_all(&remaining_);
+      }
+    }
+  }
+
+  void wait_done() {
+    for (int spins = 0; spins < kCallerSpins; ++spins) {
+      if (remaining_.load(std::memory_order_acquire) == 0) return;
+      relax();
+    }
+    caller_sleeps_.store(true, std::memory_order_seq_cst);
+    for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) futex_wait(&remaining_, left);
+    caller_sleeps_.store(false, std::memory_order_relaxed);
+  }
+
+  void work() {
+    uint32_t seen = 0;
+    for (;;) {
+      uint32_t epoch = epoch_.load(std::memory_order_acquire);
+      for (int spins = 0; epoch == seen && spins < kWorkerSpins; ++spins) {
+        relax();
+        epoch = epoch_.load(std::memory_order_acquire);
+      }
+      if (epoch == seen) {
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        while ((epoch = epoch_.load(std::memory_order_seq_cst)) == seen) futex_wait(&epoch_, seen);
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+      }
+      if (stop_.load(std::memory_order_acquire)) return;
+      seen = epoch;
+      run_chunks(epoch);
+    }
+  }
+
+  int threads_;
+  std::atomic<bool> busy_{false};
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> caller_sleeps_{false};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint32_t> sleepers_{0};
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::atomic<int64_t> n_{0}, chunk_{1};
+  std::atomic<ParallelBody> body_{nullptr};
+  std::atomic<void *> context_{nullptr};
+  std::atomic<uint32_t> chunks_{0};
+  alignas(64) std::atomic<uint32_t> remaining_{0};
+};
+
+struct FreeBuffer {
+  void *data;
+  int64_t capacity;
+};
+
+// Everything the library keeps per process; a forked child, which has none of the threads, starts with a new one.
+struct State {
+  std::mutex mutex;  // guards the two below
+  Pool *pool = nullptr;
+  std::vector<FreeBuffer> free_buffers;
+  std::atomic<Pool *> ready{nullptr};
+};
+
+std::atomic<State *> state{nullptr};
+
+State &process_state() {
+  State *current = state.load(std::memory_order_acquire);
+  if (current != nullptr) return *current;
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { state.store(nullptr); }); });
+  State *created = new State;
+  if (state.compare_exchange_strong(current, created)) return *created;
+  delete created;
+  return *current;
+}
+
+Pool &pool() {
+  State &s = process_state();
+  if (Pool *ready = s.ready.load(std::memory_order_acquire)) return *ready;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.pool == nullptr) s.pool = new Pool(default_num_threads());
+  s.ready.store(s.pool, std::memory_order_release);
+  return *s.pool;
+}
+
+constexpr int64_t kScratchAlignment = 64;
+constexpr size_t kMaxFreeBuffers = 64;
+
+}  // namespace
+
+int num_threads() { return pool().threads(); }
+
+void set_num_threads(int threads) {
+  State &s = process_state();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.pool != nullptr) s.pool->stop();
+  s.pool = new Pool(std::max(1, std::min(threads, kMaxThreads)));
+  s.ready.store(s.pool, std::memory_order_release);
+}
+
+void parallel_for_impl(int64_t n, int64_t grain, ParallelBody body, void *context) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  if (n > grain) {
+    Pool &p = pool();
+    if (p.threads() > 1 && p.try_acquire()) {
+      const int64_t parts = int64_t{p.threads()} * kChunksPerThread;
+      p.run(n, std::max(grain, (n + parts - 1) / parts), body, context);
+      return;
+    }
+  }
+  body(context, 0, n);
+}
+
+Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
+  bytes = std::max(bytes, kScratchAlignment);
+  State &s = process_state();
+  {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    auto &list = s.free_buffers;
+    auto best = list.end();
+    for (auto it = list.begin(); it != list.end(); ++it) {
+      if (it->capacity >= bytes && it->capacity <= 4 * bytes && (best == list.end() || it->capacity < best->capacity)) {
+        best = it;
+      }
+    }
+    if (best != list.end()) {
+      data_ = best->data;
+      capacity_ = best->capacity;
+      *best = list.back();
+      list.pop_back();
+      return;
+    }
+  }
+  capacity_ = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+  data_ = std::aligned_alloc(kScratchAlignment, capacity_);
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() {
+  State &s = process_state();
+  FreeBuffer evicted{nullptr, 0};
+  {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    if (s.free_buffers.size() >= kMaxFreeBuffers) {
+      evicted = s.free_buffers.front();
+      s.free_buffers.front() = s.free_buffers.back();
+      s.free_buffers.pop_back();
+    }
+    s.free_buffers.push_back({data_, capacity_});
+  }
+  std::free(evicted.data);
+}
+
+}  // namespace vllm_ms

@@ -1,0 +1,50 @@
+// The process's one thread pool. The calling thread takes part; workers spin briefly between jobs, then sleep.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "isa.h"
+
+namespace vllm_ms {
+
+// Threads that parallel_for may use, the caller included: VLLM_MS_NUM_THREADS, or the CPUs of the process's affinity
+// mask.
+int num_threads();
+
+// For tests: use `threads` from now on. Not while a parallel_for runs.
+void set_num_threads(int threads);
+
+using ParallelBody = void (*)(void *context, int64_t begin, int64_t end);
+void parallel_for_impl(int64_t n, int64_t grain, ParallelBody body, void *context);
+
+// Calls f(begin, end) on disjoint ranges covering [0, n), each of at least `grain` items (but the last). Which thread
+// gets which range is not fixed: a result must not depend on it. Runs on the caller alone when the work is one grain,
+// or when the pool is busy with another caller's job (this makes nesting and concurrent callers safe). f must not throw.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, F &&f) {
+  using Body = std::remove_reference_t<F>;
+  parallel_for_impl(
+      n, grain, [](void *context, int64_t begin, int64_t end) { (*static_cast<Body *>(context))(begin, end); },
+      const_cast<void *>(static_cast<const void *>(&f)));
+}
+
+// Temporary memory, 64-byte aligned, uninitialised; taken from and returned to a free list of the process, so that
+// buffers are reused between operators whatever thread runs them.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  template <class T>
+  T *as() const {
+    return static_cast<T *>(data_);
+  }
+
+ private:
+  void *data_;
+  int64_t capacity_;
+};
+
+}  // namespace vllm_ms

@@ -1,0 +1,231 @@
+#include "../kernels/attention.h"
+
+#include "../aot.h"
+#include "../attention_plan.h"
+#include "../parallel.h"
+
+namespace vllm_ms {
+namespace aot {
+namespace {
+
+// The arguments that paged_attention and qkv_attention share: attributes, and the tensors that describe the step.
+struct AttentionAttributes {
+  int64_t num_heads, num_kv_heads, head_size, block_size, sliding_window;
+  float scale, soft_cap;
+
+  explicit AttentionAttributes(const Attributes &a)
+      : num_heads(a.integer("num_heads")),
+        num_kv_heads(a.integer("num_kv_heads")),
+        head_size(a.integer("head_size")),
+        block_size(a.integer("block_size")),
+        sliding_window(a.integer("sliding_window")),
+        scale(a.number("scale")),
+        soft_cap(a.number("soft_cap")) {
+    require(head_size > 0, "head_size ", head_size);
+    require(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0, "num_heads ", num_heads,
+            " is not a multiple of num_kv_heads ", num_kv_heads);
+    require(block_size > 0, "block_size ", block_size);
+    require(sliding_window >= 0, "sliding_window ", sliding_window);
+    require(soft_cap >= 0, "soft_cap ", soft_cap);
+  }
+};
+
+struct StepTensors {
+  const Tensor &cache, &block_table, &query_start_loc, &seq_lens, &sinks, &alibi_slopes;
+
+  void infer(const AttentionAttributes &a) const {
+    require_rank(cache, 3, "kv_cache");
+    require_equal(cache.dim(1), a.num_kv_heads, "kv_cache: heads and num_kv_heads");
+    require_equal(cache.dim(2), 2 * a.head_size, "kv_cache: width and 2 * head_size");
+    require_rank(block_table, 2, "block_table");
+    require_rank(query_start_loc, 1, "query_start_loc");
+    require_rank(seq_lens, 1, "seq_lens");
+    require_equal(block_table.dim(0), seq_lens.dim(0), "block_table and seq_lens: number of requests");
+    if (query_start_loc.dim(0) >= 0 && seq_lens.dim(0) >= 0) {
+      require_equal(query_start_loc.dim(0), seq_lens.dim(0) + 1, "query_start_loc and number of requests + 1");
+    }
+    require_vector(sinks, a.num_heads, "sinks");
+    require_vector(alibi_slopes, a.num_heads, "alibi_slopes");
+  }
+
+  AttentionInputs inputs(const AttentionAttributes &a) const {
+    require_float(cache, "kv_cache");
+    require_float(sinks, "sinks");
+    require_float(alibi_slopes, "alibi_slopes");
+    for (const Tensor *t : {&block_table, &query_start_loc, &seq_lens}) {
+      require(t->dtype == DType::i32, "block_table, query_start_loc and seq_lens: must be int32");
+    }
+    AttentionInputs in;
+    in.cache = {cache.data, cache.dtype, cache.dim(0), a.num_kv_heads, a.head_size};
+    in.block_table = block_table.as<int32_t>();
+    in.num_requests = seq_lens.dim(0);
+    in.max_blocks = block_table.dim(1);
+    in.query_start_loc = query_start_loc.as<int32_t>();
+    in.seq_lens = seq_lens.as<int32_t>();
+    in.sinks = sinks.weight();
+    in.alibi_slopes = alibi_slopes.weight();
+    in.num_heads = a.num_heads;
+    in.block_size = a.block_size;
+    in.sliding_window = a.sliding_window;
+    in.scale = a.scale;
+    in.soft_cap = a.soft_cap;
+    return in;
+  }
+};
+
+struct PagedAttentionOp {
+  static constexpr const char *kName = "paged_attention";
+  static constexpr int kTensors = 7;
+  enum { kQuery, kCache, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi };
+  AttentionAttributes attributes;
+
+  explicit PagedAttentionOp(const Attributes &a) : attributes(a) {}
+
+  static StepTensors step(const Inputs &in) {
+    return {in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens], in[kSinks], in[kAlibi]};
+  }
+
+  Shape infer(const Inputs &in) const {
+    const Tensor &query = in[kQuery];
+    const int64_t width = attributes.num_heads * attributes.head_size;
+    require(query.rank == 2 || query.rank == 3, "query: rank ", query.rank, ", expected 2 or 3");
+    if (query.rank == 2) require_equal(query.dim(1), width, "query: width and num_heads * head_size");
+    if (query.rank == 3) {
+      require_equal(query.dim(1), attributes.num_heads, "query: heads and num_heads");
+      require_equal(query.dim(2), attributes.head_size, "query: last dimension and head_size");
+    }
+    step(in).infer(attributes);
+    return {query.dim(0), width};
+  }
+
+  void run(const Inputs &in, void *out) const {
+    require_f32(in[kQuery], "query");
+    AttentionInputs inputs = step(in).inputs(attributes);
+    inputs.query = in[kQuery].as<float>();
+    inputs.query_stride = attributes.num_heads * attributes.head_size;
+    inputs.num_tokens = in[kQuery].dim(0);
+    inputs.out = static_cast<float *>(out);
+    check_attention(inputs);
+    attention(inputs);
+  }
+};
+
+struct QkvAttentionOp {
+  static constexpr const char *kName = "qkv_attention";
+  static constexpr int kTensors = 12;
+  enum {
+    kQkv, kPositions, kCosSin, kQNorm, kKNorm, kCache, kSlots, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi
+  };
+  AttentionAttributes attributes;
+  int64_t rotary_dim;
+  bool neox;
+  float norm_eps, norm_offset;
+  HeadNorm norm;
+
+  explicit QkvAttentionOp(const Attributes &a)
+      : attributes(a),
+        rotary_dim(a.integer("rotary_dim")),
+        neox(a.flag("neox")),
+        norm_eps(a.number("norm_eps")),
+        norm_offset(a.number("norm_offset")),
+        norm(parse_norm(a.text("norm"))) {}
+
+  static HeadNorm parse_norm(const std::string &name) {
+    if (name.empty()) return HeadNorm::none;
+    if (name == "head") return HeadNorm::head;
+    if (name == "full") return HeadNorm::full;
+    fail("norm '", name, "', expected '', 'head' or 'full'");
+  }
+
+  static StepTensors step(const Inputs &in) {
+    return {in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens], in[kSinks], in[kAlibi]};
+  }
+
+  int64_t query_width() const { return attributes.num_heads * attributes.head_size; }
+  int64_t key_width() const { return attributes.num_kv_heads * attributes.head_size; }
+
+  Shape infer(const Inputs &in) const {
+    require_rank(in[kQkv], 2, "qkv");
+    require_equal(in[kQkv].dim(1), query_width() + 2 * key_width(), "qkv: width and (num_heads + 2 * num_kv_heads) * head_size");
+    require_rank(in[kPositions], 1, "positions");
+    require_equal(in[kPositions].dim(0), in[kQkv].dim(0), "positions and qkv: number of tokens");
+    require_rank(in[kSlots], 1, "slot_mapping");
+    require_equal(in[kSlots].dim(0), in[kQkv].dim(0), "slot_mapping and qkv: number of tokens");
+    if (in[kCosSin].given) {
+      require(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= attributes.head_size, "rotary_dim ", rotary_dim,
+              ", expected an even number up to head_size ", attributes.head_size);
+      require_rank(in[kCosSin], 2, "cos_sin");
+      require_equal(in[kCosSin].dim(1), rotary_dim, "cos_sin: width and rotary_dim");
+    }
+    for (int i : {kQNorm, kKNorm}) {
+      require(in[i].given == (norm != HeadNorm::none), "q_norm and k_norm are needed with norm, and only then");
+    }
+    const bool full = norm == HeadNorm::full;
+    require_vector(in[kQNorm], full ? query_width() : attributes.head_size, "q_norm");
+    require_vector(in[kKNorm], full ? key_width() : attributes.head_size, "k_norm");
+    step(in).infer(attributes);
+    return {in[kQkv].dim(0), query_width()};
+  }
+
+  HeadTransform transform(const Inputs &in, const Tensor &weight, const float *inverse_rms) const {
+    HeadTransform t;
+    t.head_size = attributes.head_size;
+    t.norm = norm;
+    t.norm_weight = weight.weight();
+    t.norm_eps = norm_eps;
+    t.norm_offset = norm_offset;
+    t.inverse_rms = inverse_rms;
+    t.positions = in[kPositions].as<int64_t>();
+    t.cos_sin = in[kCosSin].weight();
+    t.rotary_dim = rotary_dim;
+    t.neox = neox;
+    return t;
+  }
+
+  void check(const Inputs &in, const AttentionInputs &inputs) const {
+    require_f32(in[kQkv], "qkv");
+    for (int i : {kCosSin, kQNorm, kKNorm}) require_float(in[i], "cos_sin, q_norm and k_norm");
+    require(in[kPositions].dtype == DType::i64, "positions: must be int64");
+    require(in[kSlots].dtype == DType::i64, "slot_mapping: must be int64");
+    check_attention(inputs);
+    const int64_t *slots = in[kSlots].as<int64_t>(), *positions = in[kPositions].as<int64_t>();
+    check_slots(slots, inputs.num_tokens, inputs.cache.num_slots);
+    if (!in[kCosSin].given) return;
+    const int64_t used = inputs.num_requests > 0 ? inputs.query_start_loc[inputs.num_requests] : 0;
+    check_positions(positions, 0, used, in[kCosSin].dim(0), nullptr);
+    check_positions(positions, used, inputs.num_tokens, in[kCosSin].dim(0), slots);
+  }
+
+  void run(const Inputs &in, void *out) const {
+    AttentionInputs inputs = step(in).inputs(attributes);
+    const float *qkv = in[kQkv].as<float>();
+    const int64_t tokens = in[kQkv].dim(0), stride = query_width() + 2 * key_width();
+    inputs.num_tokens = tokens;
+    check(in, inputs);
+
+    const Scratch scales(norm == HeadNorm::full ? 2 * tokens * sizeof(float) : 0);
+    float *query_scales = scales.as<float>(), *key_scales = query_scales + tokens;
+    if (norm == HeadNorm::full) {
+      inverse_rms({qkv, stride, query_width(), norm_eps, query_scales, 0, tokens});
+      inverse_rms({qkv + query_width(), stride, key_width(), norm_eps, key_scales, 0, tokens});
+    }
+    const bool plain = norm == HeadNorm::none && !in[kCosSin].given;
+    const HeadTransform key = transform(in, in[kKNorm], key_scales);
+    const HeadTransform query = transform(in, in[kQNorm], query_scales);
+    const float *keys = qkv + query_width(), *values = keys + key_width();
+    kv_write({inputs.cache, keys, stride, values, stride, in[kSlots].as<int64_t>(), plain ? nullptr : &key, nullptr, 0,
+              tokens});
+    inputs.query = qkv;
+    inputs.query_stride = stride;
+    inputs.query_transform = plain ? nullptr : &query;
+    inputs.out = static_cast<float *>(out);
+    attention(inputs);
+  }
+};
+
+}  // namespace
+}  // namespace aot
+}  // namespace vllm_ms
+
+VLLM_MS_AOT_OPERATOR(PagedAttention, vllm_ms::aot::PagedAttentionOp)
+VLLM_MS_AOT_OPERATOR(QkvAttention, vllm_ms::aot::QkvAttentionOp)

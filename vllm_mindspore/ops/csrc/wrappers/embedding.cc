@@ -1,0 +1,31 @@
+#include "../kernels/embedding.h"
+
+#include "../aot.h"
+
+namespace vllm_ms {
+namespace aot {
+namespace {
+
+struct EmbeddingOp {
+  static constexpr const char *kName = "embedding";
+  static constexpr int kTensors = 2;
+  explicit EmbeddingOp(const Attributes &) {}
+  Shape infer(const Inputs &in) const {
+    require_rank(in[1], 2, "weight");
+    Shape out = in[0].shape();
+    out.push_back(in[1].dim(1));
+    return out;
+  }
+  void run(const Inputs &in, void *out) const {
+    require(in[0].dtype == DType::i32 || in[0].dtype == DType::i64, "ids: must be int32 or int64");
+    require_float(in[1], "weight");
+    embedding({in[0].data, in[0].dtype, in[1].weight(), static_cast<float *>(out), in[0].numel(), in[1].dim(0),
+               in[1].dim(1)});
+  }
+};
+
+}  // namespace
+}  // namespace aot
+}  // namespace vllm_ms
+
+VLLM_MS_AOT_OPERATOR(Embedding, vllm_ms::aot::EmbeddingOp)

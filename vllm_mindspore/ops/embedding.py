@@ -1,0 +1,21 @@
+"""Embedding: rows of a table by index."""
+
+from __future__ import annotations
+
+from vllm_mindspore.ops.fakes import like_input
+from vllm_mindspore.ops.operator import Operator, Schema
+
+
+def _fake(ids, weight):
+    return like_input(weight, (*ids.shape, weight.shape[1]))
+
+
+OPERATORS = [
+    Operator(
+        # ids [T] int32 or int64, weight [V, H]; [T, H] f32, zeros where an id is not in [0, V)
+        name="embedding",
+        schema=Schema.parse("(Tensor ids, Tensor weight) -> Tensor"),
+        fake=_fake,
+        cpu="Embedding",
+    ),
+]

@@ -1,0 +1,38 @@
+"""Entry points that vLLM calls in each of its processes. Nothing heavy may be imported here.
+
+`register_platform` is found through `vllm.platform_plugins` (called twice a process, lazily) and `register` through
+`vllm.general_plugins` (API process, engine core, workers, and the subprocess that inspects model classes).
+"""
+
+import os
+
+PLATFORM = "vllm_mindspore.platform.MindSporePlatform"
+
+# Read by vLLM when it is imported or configured; a value the user has set wins.
+DEFAULT_ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the worker implements the V1 runner contract
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork after any MindSpore operation hangs
+    "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",  # no device streams on a host CPU
+}
+
+
+def register_platform() -> str | None:
+    """Name the platform class, unless another `--backend` was chosen.
+
+    Raises:
+        RuntimeError: an installed package's version cannot work (says which, what is supported and how to fix it).
+    """
+    from vllm_mindspore import compat, options
+
+    compat.require_supported_environment()
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options.backend_from_environment()
+    return PLATFORM
+
+
+def register() -> None:
+    """Register what vLLM's own registries take: environment variables and (later) models of ours."""
+    from vllm_mindspore import options
+
+    options.register_environment()

@@ -1,0 +1,1 @@
+"""vLLM's V1 worker on MindSpore: worker, model runner, attention backend, memory."""

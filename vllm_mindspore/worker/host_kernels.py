@@ -1,0 +1,43 @@
+"""Numpy forms of the Triton kernels that vLLM's in-tree runner launches on the host side of a step."""
+
+import numpy as np
+
+
+def compute_slot_mapping(
+    num_tokens: int,
+    max_num_tokens: int,
+    query_start_loc_ptr,
+    positions_ptr,
+    block_table_ptr,
+    block_table_stride: int,
+    slot_mapping_ptr,
+    KV_CACHE_BLOCK_SIZE: int | None = None,
+    TOTAL_CP_WORLD_SIZE: int = 1,
+    TOTAL_CP_RANK: int = 0,
+    CP_KV_CACHE_INTERLEAVE_SIZE: int = 1,
+    PAD_ID: int = -1,
+    BLOCK_SIZE: int = 1024,
+) -> None:
+    """Fill `slot_mapping[:max_num_tokens]` (int64): block_table[request, position // block] * block + position % block.
+
+    Argument names and order are those of vLLM's Triton kernel (`vllm/v1/worker/block_table.py`); the tensors live on
+    the host. Context parallelism is refused at start, so the CP arguments are always 1, 0 and 1.
+    """
+    query_start_loc, positions = query_start_loc_ptr.numpy(), positions_ptr.numpy()
+    block_table, slot_mapping = block_table_ptr.numpy(), slot_mapping_ptr.numpy()
+    lengths = np.diff(query_start_loc)
+    request = np.repeat(np.arange(len(lengths)), lengths)
+    position = positions[: len(request)]
+    block = block_table[request, position // KV_CACHE_BLOCK_SIZE].astype(np.int64)
+    slot_mapping[: len(request)] = block * KV_CACHE_BLOCK_SIZE + position % KV_CACHE_BLOCK_SIZE
+    slot_mapping[num_tokens:max_num_tokens] = PAD_ID
+
+
+KERNELS = {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
+
+
+def register() -> None:
+    """Hand the kernels to vLLM's dispatcher (`Platform.register_triton_kernel_overrides`)."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels(KERNELS)

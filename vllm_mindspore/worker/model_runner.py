@@ -1,0 +1,163 @@
+"""Model runner: vLLM's in-tree CPU runner with the model executed by MindSpore.
+
+Batch state, sampling, logprobs, structured output and prompt logprobs are vLLM's. Overridden here: loading (the graphs
+are captured before the weights are read), the KV cache's second view, and the two calls that run the model.
+"""
+
+import time
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_mindspore.compiler.bind import KVGroup
+from vllm_mindspore.compiler.pipeline import Compiler
+from vllm_mindspore.ops import registry
+from vllm_mindspore.worker import facts, layers, model_capture
+from vllm_mindspore.worker.step import ModelStep
+
+logger = init_logger("vllm.vllm_mindspore.model_runner")
+
+
+class MindSporeModelRunner(CPUModelRunner):
+    """One model on one device."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        # The runner is synchronous (a host has no device streams); the scheduler above it may still be asynchronous.
+        scheduler = vllm_config.scheduler_config
+        asynchronous, scheduler.async_scheduling = scheduler.async_scheduling, False
+        try:
+            super().__init__(vllm_config, device)
+        finally:
+            scheduler.async_scheduling = asynchronous
+        self.compile_seconds = 0.0
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Instantiate vLLM's model, capture and lower its graphs, and only then read the weights.
+
+        Raises:
+            UnmappedOperatorError, CaptureError: the model cannot run here; before any weight is read.
+        """
+        registry.define_all()
+        layers.register()
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        loader = get_model_loader(self.load_config)
+        read_weights = loader.load_weights
+
+        def load_weights(model, model_config) -> None:
+            self._prepare_graphs(model)
+            read_weights(model, model_config)
+
+        loader.load_weights = load_weights
+        begin = time.perf_counter()
+        self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.model_config)
+        logger.info(
+            "model loaded in %.1f s (%.1f s of it capture and lowering)", time.perf_counter() - begin, self.compile_seconds
+        )
+
+    def _prepare_graphs(self, model: torch.nn.Module) -> None:
+        begin = time.perf_counter()
+        groups = [KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size) for group in self._kv_cache_groups()]
+        self.compiler = Compiler(
+            facts.of_model(model, self.vllm_config),
+            facts.weights_of(model),
+            groups,
+            device="cpu",
+            eager=self.model_config.enforce_eager,
+        )
+        if not self.compiler.open():
+            for name, capture in (("model", model_capture.capture_forward), ("logits", model_capture.capture_logits)):
+                started = time.perf_counter()
+                captured = capture(model, self.vllm_config)
+                logger.info("graph %s captured in %.1f s", name, time.perf_counter() - started)
+                self.compiler.add(captured, self.model_config.architecture)
+        self.compile_seconds += time.perf_counter() - begin
+
+    def _kv_cache_groups(self):
+        return get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
+
+    def compile_and_profile(self) -> None:
+        """Compile both graphs and run the largest step on a KV cache of a few blocks.
+
+        Afterwards the activations' memory is resident, so what is free can be given to the KV cache.
+        """
+        begin = time.perf_counter()
+        weights = facts.tensors_of(self.model)
+        self.step = ModelStep(
+            self.compiler.program("model", weights),
+            self.compiler.program("logits", weights),
+            self.model_config.get_hidden_size(),
+            self.compiler.groups,
+            self.compiler.compiled_files,
+        )
+        self.model.forward = self.step.forward
+        self.model.compute_logits = self.step.compute_logits
+        self._initialize_small_kv_cache()
+        with self.compiler.mindspore_cache():
+            _, last = self._dummy_run(self.max_num_tokens, force_attention=True)
+            self._dummy_sampler_run(last)
+        self.compiler.close()
+        self._cleanup_profiling_kv_cache()
+        self.compile_seconds += time.perf_counter() - begin
+        logger.info(
+            "graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin
+        )
+
+    def _initialize_small_kv_cache(self) -> None:
+        groups = self._kv_cache_groups()
+        cache = self.cache_config
+        override, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 2
+        try:
+            config = get_kv_cache_config_from_groups(self.vllm_config, groups, available_memory=0)
+        finally:
+            cache.num_gpu_blocks_override = override
+        self.initialize_kv_cache(config, is_profiling=True)
+
+    def initialize_kv_cache_tensors(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context=None):
+        caches = super().initialize_kv_cache_tensors(kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
+        groups = [KVGroup(tuple(g.layer_names), size) for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)]
+        if [set(g.layers) for g in groups] != [set(g.layers) for g in self.compiler.groups] or any(
+            a.block_size != b.block_size for a, b in zip(groups, self.compiler.groups, strict=True)
+        ):
+            raise RuntimeError(
+                f"the engine's KV cache groups {groups} differ from those the graphs were compiled for, {self.compiler.groups}"
+            )
+        self.step.bind_kv_caches(caches)
+        return caches
+
+    def kv_cache_bytes_of_one_request(self) -> int:
+        """Bytes of KV cache that one request of the maximum length needs."""
+        return sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values())
+
+    def warm_up(self) -> None:
+        """One small step on the real KV cache: nothing is compiled any more."""
+        hidden, last = self._dummy_run(min(self.max_num_tokens, 16), force_attention=True)
+        self._dummy_sampler_run(last)
+
+    def graph_statistics(self) -> dict[str, object]:
+        """Counts per graph: compiles, loads, calls; passes' matches; operators; weights shared without a copy."""
+        return {
+            name: {
+                **vars(program.counters),
+                "passes": self.compiler.graphs[name].passes,
+                "operators": program.emitted.operators,
+                "layer_classes": program.emitted.layer_classes,
+                "source": str(program.path),
+                "weights": len(program.shared),
+                "weights_shared": sum(program.shared.values()),
+            }
+            for name, program in (("model", self.step.model), ("logits", self.step.logits))
+        }
+
+    def _init_kv_zero_meta(self) -> None:
+        """`_zero_block_ids` of the CPU runner zeroes through torch views; no kernel metadata is needed."""
+
+    def shutdown(self) -> None:
+        """Release weights, KV caches and graphs."""
+        self.step = None
+        super().shutdown()
+

@@ -1,0 +1,117 @@
+"""vLLM's V1 worker on MindSpore: the first place in a process where MindSpore is imported."""
+
+import time
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.logger import init_logger
+from vllm.utils.mem_utils import format_gib
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from vllm_mindspore.worker import memory
+
+logger = init_logger("vllm.vllm_mindspore.worker")
+
+
+class MindSporeWorker(WorkerBase):
+    """One process, one device. Order of calls: init_device, load_model, get_kv_cache_spec, determine_available_memory,
+    initialize_from_config, compile_or_warm_up_model, then steps."""
+
+    def init_device(self) -> None:
+        begin = time.perf_counter()
+        import mindspore
+
+        mindspore.set_device("CPU")
+        logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
+        self.device = torch.device("cpu")
+        torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
+        init_distributed_environment(
+            self.parallel_config.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
+        )
+        ensure_model_parallel_initialized(
+            self.parallel_config.tensor_parallel_size, self.parallel_config.pipeline_parallel_size
+        )
+        set_random_seed(self.model_config.seed)
+        from vllm_mindspore.worker.model_runner import MindSporeModelRunner
+
+        self.model_runner = MindSporeModelRunner(self.vllm_config, self.device)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.load_model(load_dummy_weights)
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model_runner.get_model()
+
+    def get_kv_cache_spec(self):
+        return self.model_runner.get_kv_cache_spec()
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, after the graphs are compiled and the largest step has run once."""
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.compile_and_profile()
+        minimum = self.model_runner.kv_cache_bytes_of_one_request()
+        size = memory.kv_cache_bytes(self.cache_config, minimum)
+        logger.info(
+            "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
+            *(format_gib(n) for n in (size, memory.resident_memory(), memory.available_memory(), memory.total_memory())),
+        )
+        return size
+
+    def initialize_from_config(self, kv_cache_config) -> None:
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.initialize_kv_cache(kv_cache_config)
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+        self.model_runner.update_max_model_len(max_model_len)
+
+    @torch.inference_mode()
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        begin = time.perf_counter()
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.warm_up()
+        set_random_seed(self.model_config.seed)
+        return CompilationTimes(
+            language_model=self.model_runner.compile_seconds + time.perf_counter() - begin, encoder=0.0
+        )
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output):
+        return self.model_runner.execute_model(scheduler_output)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output):
+        return self.model_runner.sample_tokens(grammar_output)
+
+    @torch.inference_mode()
+    def execute_dummy_batch(self) -> None:
+        self.model_runner._dummy_run(1)
+
+    def take_draft_token_ids(self):
+        return self.model_runner.take_draft_token_ids()
+
+    def get_supported_tasks(self):
+        return self.model_runner.get_supported_tasks()
+
+    def get_encoder_timing_stats(self) -> dict[str, dict[str, float | int]]:
+        return self.model_runner.get_encoder_timing_stats()
+
+    def graph_statistics(self) -> dict[str, object]:
+        """Counts of this process's graphs (compiles, calls, cache hits, matched patterns); read through collective_rpc."""
+        return self.model_runner.graph_statistics()
+
+    def synchronize_device(self) -> None:
+        import mindspore
+
+        mindspore.runtime.synchronize()
+
+    def list_loras(self) -> set[int]:
+        return set()
+
+    def shutdown(self) -> None:
+        if self.model_runner is not None:
+            self.model_runner.shutdown()
