@@ -5,12 +5,12 @@
 
 PYTHON ?= python3.11
 VENV ?= $(CURDIR)/.venv
-HOST ?= 127.0.0.1
+HOST = 127.0.0.1
 PORT ?= 8000
 MODEL ?=
-ARGS ?=
+ARGS =
 
-export PYTHON VENV
+export PYTHON VENV HOST PORT
 
 .PHONY: help serve test test-slow lint setup setup-test env clean
 
@@ -28,7 +28,7 @@ setup-test:
 	@deploy/setup.sh test
 
 serve: setup
-	@HOST='$(HOST)' PORT='$(PORT)' deploy/serve.sh '$(MODEL)' $(ARGS)
+	@exec deploy/serve.sh '$(MODEL)' $(ARGS)
 
 test: setup-test
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -12,5 +12,13 @@ if [ -z "$MODEL" ]; then
     MODEL="$("$VENV/bin/python" -c 'from vllm_mindspore.demo import model_path; print(model_path())')"
     NAME=(--served-model-name demo)
 fi
+case "$MODEL" in
+/* | ./* | ../*)
+    if [ ! -e "$MODEL" ]; then
+        echo "serve: there is no directory $MODEL. MODEL is a directory or a hub id such as Qwen/Qwen3-0.6B." >&2
+        exit 1
+    fi
+    ;;
+esac
 export PATH="$VENV/bin:$PATH"
 exec "$VENV/bin/vllm" serve "$MODEL" --backend mindspore --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "${NAME[@]}" "$@"

@@ -4,11 +4,20 @@
 `vllm-mindspore inspect MODEL` prints the graph before and after each.
 """
 
-from vllm_mindspore.graph_passes import drop_noops, fuse_activation, fuse_attention, fuse_bias, fuse_norm, fuse_residual
+from vllm_mindspore.graph_passes import (
+    drop_noops,
+    fuse_activation,
+    fuse_attention,
+    fuse_bias,
+    fuse_norm,
+    fuse_residual,
+    merge_duplicates,
+)
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
 
 PASSES: list[GraphPass] = [
     GraphPass("drop_noops", drop_noops.run),
+    GraphPass("merge_duplicates", merge_duplicates.run),
     GraphPass("fuse_attention", fuse_attention.run),
     GraphPass("fuse_bias", fuse_bias.run),
     GraphPass("fuse_activation", fuse_activation.run),

@@ -4,6 +4,7 @@
     view(x, x.shape)      →  x
     expand(x, x.shape)    →  x
     slice(x, 0, all)      →  x
+    slice(slice_scatter(x, y, d, a, b), d, a, b)   →  y
     x * 1, x / 1, x + 0   →  x
     to(x, x.dtype)        →  x
 """
@@ -37,6 +38,11 @@ def run(graph: Graph) -> int:
         if is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
             node.update_arg(0, node.args[0].args[0])
             dropped += 1
+        if is_call(node, aten.slice.Tensor) and _reads_what_was_written(node):
+            node.replace_all_uses_with(node.args[0].args[1])
+            graph.erase_node(node)
+            dropped += 1
+            continue
         if _is_noop(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -44,13 +50,26 @@ def run(graph: Graph) -> int:
     return dropped
 
 
+def _reads_what_was_written(node: Node) -> bool:
+    scatter = node.args[0]
+    if not is_call(scatter, aten.slice_scatter.default) or not same_shape(node, scatter.args[1]):
+        return False
+    return _slice_arguments(node.args[1:]) == _slice_arguments(scatter.args[2:])
+
+
+def _slice_arguments(args: tuple) -> tuple:
+    """(dim, start, end, step) with the defaults of `slice` and `slice_scatter`."""
+    dim, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
+    return dim, start or 0, sys.maxsize if end is None else end, step
+
+
 def _is_noop(node: Node) -> bool:
     if node.target in (*VIEWS, aten.expand.default):
         return same_shape(node, node.args[0])
     if node.target is aten.slice.Tensor:
-        start, end, step = (*node.args[2:], *(0, sys.maxsize, 1)[len(node.args) - 2 :])
+        _, start, end, step = _slice_arguments(node.args[1:])
         whole = isinstance(end, int) and end == sys.maxsize
-        return start in (0, None) and (whole or same_shape(node, node.args[0])) and step == 1
+        return start == 0 and (whole or same_shape(node, node.args[0])) and step == 1
     if node.target in NEUTRAL:
         other = node.args[1]
         same_type = not isinstance(other, Node) and node.meta["val"].dtype == node.args[0].meta["val"].dtype

@@ -7,6 +7,7 @@ from vllm_mindspore import options
 logger = init_logger("vllm.vllm_mindspore.config")
 
 DEFAULT_BLOCK_SIZE = 16
+KV_CACHE_LAYOUT = "LBNHC"
 
 
 class UnsupportedOptionError(ValueError):
@@ -116,6 +117,8 @@ def _update(vllm_config) -> None:
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
+    # The only layout of the attention operators; known here so that KV cache groups can be formed before weights load.
+    cache.kv_cache_layout = KV_CACHE_LAYOUT
 
 
 def validate_request(params) -> None:

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from .families import EOS_TOKEN_ID, FAMILIES, TOKENIZER_SIZE, Family, Scales
+from .families import FAMILIES
+from .family import EOS_TOKEN_ID, TOKENIZER_SIZE, Family, Scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -56,7 +57,7 @@ def checkpoint(name: str, dtype: str = "float32") -> Path:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `TOKENIZER_SIZE` tokens trained on Python's standard library, with a chat template."""
+    """A byte-level BPE tokenizer of `TOKENIZER_SIZE` tokens trained on Python's library, with a chat template."""
     with _written_once("tokenizer") as folder:
         if folder is not None:
             _train_tokenizer().save_pretrained(folder)

@@ -12,8 +12,7 @@ prompts, scaled rotary embeddings whose scaling already matters at position 64.
               LlamaForCausalLM with rotary switched off and an ALiBi mask (Baichuan 13B)
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from transformers import (
@@ -35,86 +34,13 @@ from transformers import (
     StableLmConfig,
 )
 
-from . import hub_formats
-from .hub_formats import HubFormat
-
-TOKENIZER_SIZE = 1000
-VOCAB_SIZE = 1003
-EOS_TOKEN_ID = 2
-REMOVED_FROM_VLLM = r"was supported in vLLM until v0\.23\.0"
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Standard deviations of the random weights, chosen so that greedy text is diverse (see test_checkpoints.py).
-
-    logits: standard deviation of the logits when the final hidden state has RMS 1 (divided out of lm_head).
-    embed: RMS of the token embeddings; None ties it to `logits` (tied embeddings leave no choice).
-    linear, qk, out: gains of linear layers over 1/sqrt(fan_in): the default, q and k projections, o and down projections.
-    norm: mean of the weights of norms, by substring of the parameter's name, where it is not 1.
-    """
-
-    logits: float = 2.0
-    embed: float | None = None
-    linear: float = 1.2
-    qk: float = 1.7
-    out: float = 1.5
-    norm: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family: how to make its checkpoint, how vLLM must resolve it, what it is compared with.
-
-    config: builds the configuration of the *reference* class. With `hub_format`, the checkpoint on disk gets the
-    family's own configuration and tensor names instead, and the reference's are kept in its subfolder `reference`.
-    vllm_class: the class vLLM resolves `architecture` to; None when vLLM 0.32 refuses it with `refusal` (a regex).
-    llm: extra arguments of `vllm.LLM`.
-    """
-
-    name: str
-    architecture: str
-    config: Callable[[], PreTrainedConfig]
-    vllm_class: str | None
-    reference: str = "hf"
-    hub_format: HubFormat | None = None
-    llm: Mapping[str, Any] = field(default_factory=dict)
-    scales: Scales = Scales()
-    seed: int = 0
-    refusal: str | None = None
-    notes: str = ""
-
-
-def _make(cls: type[PreTrainedConfig], **fields) -> Callable[[], PreTrainedConfig]:
-    """A factory of `cls` with the token ids all families share."""
-    common = dict(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=EOS_TOKEN_ID, pad_token_id=0)
-    return lambda: cls(**{**common, **fields})
-
-
-def _dims(hidden: int, heads: int, kv_heads: int, intermediate: int, layers: int = 3, **more) -> dict[str, Any]:
-    return dict(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        max_position_embeddings=512,
-        **more,
-    )
-
-
-def _rope(rope_type: str = "default", theta: float = 10000.0, **more) -> dict[str, Any]:
-    return {"rope_type": rope_type, "rope_theta": theta, **more}
-
-
-LLAMA3_ROPE = _rope(
-    "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
+from .hub_families import HUB_FAMILIES
 
 
 def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
     half = rotary_dim // 2
-    return _rope(
+    return rope(
         "longrope",
         short_factor=[1.0 + 0.03 * i for i in range(half)],
         long_factor=[1.1 + 0.9 * i for i in range(half)],
@@ -124,24 +50,23 @@ def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
 
 
 def _phi3_longrope(original: int) -> Callable[[], PreTrainedConfig]:
-    dims = {**_dims(192, 4, 2, 217), "max_position_embeddings": 1024}
-    return _make(
-        Phi3Config, **dims, original_max_position_embeddings=original, rope_parameters=_longrope(36, original, 0.75)
+    shape = {**dims(192, 4, 2, 217), "max_position_embeddings": 1024}
+    return make(
+        Phi3Config, **shape, original_max_position_embeddings=original, rope_parameters=_longrope(36, original, 0.75)
     )
 
 
-REMOTE = {"trust_remote_code": True}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 TIED = Scales(out=4.0)
 GEMMA_NORMS = {"post_attention": 20.0, "post_feedforward": 20.0}
 QK_NORMS = {"q_norm": 1.7, "k_norm": 1.7}
 
 _LLAMAS = [
-    Family("llama2", "LlamaForCausalLM", _make(LlamaConfig, **_dims(96, 6, 6, 173)), "LlamaForCausalLM", seed=1),
+    Family("llama2", "LlamaForCausalLM", make(LlamaConfig, **dims(96, 6, 6, 173)), "LlamaForCausalLM", seed=1),
     Family(
         "llama3",
         "LlamaForCausalLM",
-        _make(LlamaConfig, **_dims(160, 5, 1, 301), rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+        make(LlamaConfig, **dims(160, 5, 1, 301), rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
         "LlamaForCausalLM",
         scales=TIED,
         notes="rope scaling llama3, tied embeddings, GQA 5",
@@ -150,10 +75,10 @@ _LLAMAS = [
     Family(
         "llama-linear",
         "LlamaForCausalLM",
-        _make(
+        make(
             LlamaConfig,
-            **_dims(112, 7, 1, 199),
-            rope_parameters=_rope("linear", factor=4.0),
+            **dims(112, 7, 1, 199),
+            rope_parameters=rope("linear", factor=4.0),
             attention_bias=True,
             mlp_bias=True,
         ),
@@ -164,10 +89,10 @@ _LLAMAS = [
     Family(
         "llama-yarn",
         "LlamaForCausalLM",
-        _make(
+        make(
             LlamaConfig,
-            **_dims(192, 3, 1, 333),
-            rope_parameters=_rope("yarn", factor=8.0, original_max_position_embeddings=64),
+            **dims(192, 3, 1, 333),
+            rope_parameters=rope("yarn", factor=8.0, original_max_position_embeddings=64),
         ),
         "LlamaForCausalLM",
         scales=Scales(qk=1.4),
@@ -177,7 +102,7 @@ _LLAMAS = [
     Family(
         "mistral",
         "MistralForCausalLM",
-        _make(MistralConfig, **_dims(136, 4, 2, 257), head_dim=40, sliding_window=29),
+        make(MistralConfig, **dims(136, 4, 2, 257), head_dim=40, sliding_window=29),
         "MistralForCausalLM",
         notes="sliding window 29 in every layer; head_dim is not hidden / heads",
         seed=3,
@@ -185,7 +110,7 @@ _LLAMAS = [
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
-        _make(Qwen2Config, **_dims(168, 7, 1, 275), rope_parameters=_rope(theta=1e6), tie_word_embeddings=True),
+        make(Qwen2Config, **dims(168, 7, 1, 275), rope_parameters=rope(theta=1e6), tie_word_embeddings=True),
         "Qwen2ForCausalLM",
         scales=TIED,
         notes="bias on q, k, v",
@@ -194,11 +119,11 @@ _LLAMAS = [
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        _make(
+        make(
             Qwen3Config,
-            **_dims(96, 3, 1, 219),
+            **dims(96, 3, 1, 219),
             head_dim=128,
-            rope_parameters=_rope(theta=1e6),
+            rope_parameters=rope(theta=1e6),
             tie_word_embeddings=True,
         ),
         "Qwen3ForCausalLM",
@@ -206,7 +131,7 @@ _LLAMAS = [
         notes="RMSNorm per head on q and k, head_dim 128",
         seed=3,
     ),
-    Family("phi3", "Phi3ForCausalLM", _make(Phi3Config, **_dims(144, 6, 3, 223)), "Phi3ForCausalLM", seed=2),
+    Family("phi3", "Phi3ForCausalLM", make(Phi3Config, **dims(144, 6, 3, 223)), "Phi3ForCausalLM", seed=2),
     Family(
         "phi3-longrope",
         "Phi3ForCausalLM",
@@ -231,11 +156,11 @@ _LLAMAS = [
     Family(
         "stablelm",
         "StableLmForCausalLM",
-        _make(
+        make(
             StableLmConfig,
-            **_dims(160, 4, 2, 211),
+            **dims(160, 4, 2, 211),
             use_qkv_bias=True,
-            rope_parameters=_rope(partial_rotary_factor=0.25),
+            rope_parameters=rope(partial_rotary_factor=0.25),
         ),
         "StablelmForCausalLM",
         notes="LayerNorm, rotary on 10 of 40 elements of a head, bias on q, k, v",
@@ -244,16 +169,16 @@ _LLAMAS = [
     Family(
         "glm4",
         "Glm4ForCausalLM",
-        _make(Glm4Config, **_dims(160, 6, 2, 243), head_dim=32, rope_parameters=_rope(partial_rotary_factor=0.5)),
+        make(Glm4Config, **dims(160, 6, 2, 243), head_dim=32, rope_parameters=rope(partial_rotary_factor=0.5)),
         "Glm4ForCausalLM",
         notes="interleaved rotary on half of a head, sandwich norms, bias on q, k, v",
     ),
     Family(
         "granite",
         "GraniteForCausalLM",
-        _make(
+        make(
             GraniteConfig,
-            **_dims(176, 4, 1, 201),
+            **dims(176, 4, 1, 201),
             attention_bias=True,
             embedding_multiplier=12.0,
             residual_multiplier=0.22,
@@ -268,7 +193,7 @@ _LLAMAS = [
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
-        _make(Olmo2Config, **_dims(144, 6, 2, 257)),
+        make(Olmo2Config, **dims(144, 6, 2, 257)),
         "TransformersForCausalLM",
         scales=Scales(norm=QK_NORMS),
         notes="vLLM 0.32 has no class of its own: Transformers modeling backend; norms after attention and MLP, "
@@ -281,9 +206,9 @@ _GEMMAS = [
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
-        _make(
+        make(
             Gemma2Config,
-            **_dims(144, 6, 3, 185, layers=4),
+            **dims(144, 6, 3, 185, layers=4),
             head_dim=32,
             query_pre_attn_scalar=24,
             sliding_window=21,
@@ -298,14 +223,14 @@ _GEMMAS = [
     Family(
         "gemma3",
         "Gemma3ForCausalLM",
-        _make(
+        make(
             Gemma3TextConfig,
-            **_dims(320, 5, 1, 277, layers=4),
+            **dims(320, 5, 1, 277, layers=4),
             head_dim=40,
             query_pre_attn_scalar=56,
             sliding_window=25,
             layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL],
-            rope_parameters={LOCAL: _rope(), GLOBAL: _rope("linear", 1e6, factor=8.0)},
+            rope_parameters={LOCAL: rope(), GLOBAL: rope("linear", 1e6, factor=8.0)},
         ),
         "Gemma3ForCausalLM",
         scales=Scales(norm=GEMMA_NORMS | QK_NORMS),
@@ -315,9 +240,9 @@ _GEMMAS = [
     Family(
         "exaone4",
         "Exaone4ForCausalLM",
-        _make(
+        make(
             Exaone4Config,
-            **_dims(132, 6, 2, 249, layers=4),
+            **dims(132, 6, 2, 249, layers=4),
             head_dim=32,
             sliding_window=19,
             sliding_window_pattern=4,
@@ -333,7 +258,7 @@ _GPTS = [
     Family(
         "opt",
         "OPTForCausalLM",
-        _make(
+        make(
             OPTConfig,
             hidden_size=120,
             num_attention_heads=5,
@@ -349,7 +274,7 @@ _GPTS = [
     Family(
         "opt-postnorm",
         "OPTForCausalLM",
-        _make(
+        make(
             OPTConfig,
             hidden_size=96,
             num_attention_heads=4,
@@ -366,7 +291,7 @@ _GPTS = [
     Family(
         "gpt2",
         "GPT2LMHeadModel",
-        _make(GPT2Config, n_embd=132, n_head=6, n_inner=301, n_layer=3, n_positions=512),
+        make(GPT2Config, n_embd=132, n_head=6, n_inner=301, n_layer=3, n_positions=512),
         "GPT2LMHeadModel",
         scales=TIED,
         notes="learned positions, Conv1D weights on disk, gelu_new, head size 22",
@@ -374,7 +299,7 @@ _GPTS = [
     Family(
         "falcon-7b",
         "FalconForCausalLM",
-        _make(FalconConfig, hidden_size=140, num_attention_heads=5, num_hidden_layers=3, max_position_embeddings=512),
+        make(FalconConfig, hidden_size=140, num_attention_heads=5, num_hidden_layers=3, max_position_embeddings=512),
         "FalconForCausalLM",
         scales=TIED,
         notes="multi-query, attention and MLP in parallel after one LayerNorm",
@@ -383,7 +308,7 @@ _GPTS = [
     Family(
         "falcon-new",
         "FalconForCausalLM",
-        _make(
+        make(
             FalconConfig,
             hidden_size=144,
             num_attention_heads=6,
@@ -400,7 +325,7 @@ _GPTS = [
     Family(
         "falcon-alibi",
         "FalconForCausalLM",
-        _make(
+        make(
             FalconConfig,
             hidden_size=120,
             num_attention_heads=6,
@@ -419,95 +344,5 @@ _GPTS = [
     ),
 ]
 
-_REMOTE = [
-    Family(
-        "internlm2",
-        "InternLM2ForCausalLM",
-        _make(LlamaConfig, **_dims(168, 6, 2, 229), rope_parameters=_rope(theta=1e6)),
-        "InternLM2ForCausalLM",
-        reference="hf-as LlamaForCausalLM",
-        hub_format=hub_formats.INTERNLM2,
-        llm=REMOTE,
-        notes="wqkv grouped per KV head; dynamic NTK rope on disk, which both leave unscaled up to 512 positions",
-        seed=5,
-    ),
-    Family(
-        "internlm3",
-        "InternLM3ForCausalLM",
-        _make(Qwen2Config, **_dims(144, 6, 2, 231), head_dim=32),
-        "LlamaForCausalLM",
-        reference="hf-as Qwen2ForCausalLM",
-        hub_format=hub_formats.INTERNLM3,
-        llm=REMOTE,
-        notes="vLLM's Llama with qkv_bias; dynamic NTK rope as InternLM 2",
-        seed=5,
-    ),
-    Family(
-        "minicpm",
-        "MiniCPMForCausalLM",
-        _make(
-            GraniteConfig,
-            **_dims(108, 3, 3, 263),
-            embedding_multiplier=12.0,
-            residual_multiplier=1.4 / 3**0.5,
-            attention_multiplier=36**-0.5,
-            logits_scaling=108 / 54,
-            tie_word_embeddings=True,
-        ),
-        "MiniCPMForCausalLM",
-        reference="hf-as GraniteForCausalLM",
-        hub_format=hub_formats.MINICPM,
-        llm=REMOTE,
-        scales=Scales(logits=4.0, out=40.0),
-        notes="scale_emb 12, scale_depth 1.4, dim_model_base 54",
-        seed=5,
-    ),
-    Family(
-        "exaone3",
-        "ExaoneForCausalLM",
-        _make(LlamaConfig, **_dims(160, 5, 1, 239), rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5),
-        "ExaoneForCausalLM",
-        reference="hf-as LlamaForCausalLM",
-        hub_format=hub_formats.EXAONE3,
-        llm=REMOTE,
-        seed=5,
-    ),
-    Family(
-        "pangu-embedded",
-        "PanguEmbeddedForCausalLM",
-        _make(LlamaConfig, **_dims(152, 4, 1, 255), rope_parameters=_rope(theta=1.6e7), attention_bias=True),
-        "PanguEmbeddedForCausalLM",
-        reference="hf-as LlamaForCausalLM",
-        hub_format=hub_formats.PANGU_EMBEDDED,
-        llm=REMOTE,
-        notes="bias on q, k, v and o",
-        seed=4,
-    ),
-    Family(
-        "baichuan-7b",
-        "BaiChuanForCausalLM",
-        _make(LlamaConfig, **_dims(128, 4, 4, 245)),
-        None,
-        reference="hf-as LlamaForCausalLM",
-        hub_format=hub_formats.BAICHUAN,
-        llm=REMOTE,
-        refusal=REMOVED_FROM_VLLM,
-        notes="q, k, v packed in W_pack",
-        seed=2,
-    ),
-    Family(
-        "baichuan-13b",
-        "BaichuanForCausalLM",
-        _make(LlamaConfig, **_dims(120, 5, 5, 247)),
-        None,
-        reference="hf+alibi",
-        hub_format=hub_formats.BAICHUAN,
-        llm=REMOTE,
-        refusal=REMOVED_FROM_VLLM,
-        notes="ALiBi on 5 heads instead of rotary",
-        seed=1,
-    ),
-]
-
-FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *_REMOTE)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *HUB_FAMILIES)}
 SERVED: tuple[str, ...] = tuple(name for name, f in FAMILIES.items() if f.vllm_class)

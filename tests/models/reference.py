@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.falcon import modeling_falcon
 
 from .checkpoints import SPECIAL_TOKENS, checkpoint
-from .families import FAMILIES, TOKENIZER_SIZE, Family
+from .families import FAMILIES
+from .family import TOKENIZER_SIZE, Family
 
 PROMPT_LENGTHS = (1, 2, 5, 19, 37, 66, 103, 151)
 _random = random.Random(2)
@@ -50,9 +51,13 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Next-token logits after every token of `ids`: float32 [len(ids), vocab_size], computed in `dtype`."""
-        with self._patched():
-            return self._forward(self._model(dtype), torch.tensor([ids]))[0].float()
+        """Next-token logits after every token of `ids`: [len(ids), vocab_size], computed in `dtype`, returned as float32.
+
+        float64 stays float64, to measure float32 against.
+        """
+        with self._patched(), one_thread():
+            logits = self._forward(self._model(dtype), torch.tensor([ids]))[0]
+        return logits.to(torch.promote_types(dtype, torch.float32))
 
     def _model(self, dtype: torch.dtype) -> torch.nn.Module:
         if dtype not in self._models:
@@ -68,7 +73,7 @@ class Reference:
 
     @torch.no_grad()
     def _generate(self, ids: list[int], max_tokens: int) -> list[int]:
-        with self._patched():
+        with self._patched(), one_thread():
             output = self._model(torch.float32).generate(torch.tensor([ids]), max_new_tokens=max_tokens)
         return output[0, len(ids) :].tolist()
 
@@ -128,6 +133,17 @@ class LlamaAlibiReference(Reference):
         for _ in range(max_tokens):
             tokens.append(int(self.logits(tokens)[-1].argmax()))
         return tokens[len(ids) :]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """The models are far too small for torch's thread pool, which costs seconds a prompt on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:

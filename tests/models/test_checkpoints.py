@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models import checkpoints
-from tests.models.families import FAMILIES, SERVED, TOKENIZER_SIZE
-from tests.models.reference import MAX_TOKENS, PROMPTS, reference
+from tests.models.families import FAMILIES, SERVED
+from tests.models.family import TOKENIZER_SIZE
+from tests.models.reference import MAX_TOKENS, PROMPTS, one_thread, reference
 
 ROOT = Path(__file__).parents[2]
 REFUSED = [name for name in FAMILIES if name not in SERVED]
@@ -129,7 +130,7 @@ def test_leaving_a_feature_out_is_visible(name, feature, change):
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         logits = model.eval()(torch.tensor([PROMPTS[-1]]), use_cache=False).logits[0]
     assert (logits - expected.logits(PROMPTS[-1])).abs().max() > 1e-2, feature
 

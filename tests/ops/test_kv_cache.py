@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import nn
+from mindspore.common import np_dtype
 
 from tests.ops import attention_reference as reference
 from vllm_mindspore.ops import registry
@@ -20,15 +21,15 @@ ATTENTION = {
 
 
 def share(t):
-    """The MindSpore tensor with the memory of a torch tensor."""
-    return ms.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t))
+    """The MindSpore tensor with the memory of a torch tensor; not by dlpack, which PyNative operators copy."""
+    bits = t.view(torch.uint16).numpy().view(np_dtype.bfloat16) if t.dtype == torch.bfloat16 else t.numpy()
+    return ms.from_numpy(bits)
 
 
 def write(cache, key, value, slots):
     """kv_write in PyNative into a torch tensor."""
     op = registry.build("kv_write", "cpu")
-    op(share(cache), *(ms.Tensor(np.ascontiguousarray(t)) for t in (key, value, slots)))
-    ms.runtime.synchronize()
+    op(share(cache), *(ms.Tensor(np.ascontiguousarray(t)) for t in (key, value, slots))).asnumpy()
 
 
 @pytest.mark.parametrize("rank", [2, 3])

@@ -15,6 +15,8 @@ from vllm_mindspore.version import __version__
 # name -> (module, one line for --help)
 SUBCOMMANDS = {
     "env": ("vllm_mindspore.cli.env", "print versions, device, kernels and problems: the text for a bug report"),
+    "inspect": ("vllm_mindspore.cli.inspect", "print a model's graph around each pass, and the path of its network"),
+    "ops": ("vllm_mindspore.cli.ops", "print the PyTorch operators that are mapped, and the operators of the library"),
 }
 
 

@@ -33,12 +33,14 @@ class EmittedGraph:
     """A network's source and what to feed it.
 
     weights: parameter and constant names the constructor reads. inputs: arguments of `construct`, in order.
+    outputs: the shape of each result, None for a size that varies.
     """
 
     name: str
     source: str
     weights: tuple[GraphInput, ...]
     inputs: tuple[GraphInput, ...]
+    outputs: tuple[tuple[int | None, ...], ...]
     layer_classes: int
     operators: dict[str, int]
 
@@ -65,7 +67,18 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     step_inputs = tuple(item for item in inputs.values() if item.kind not in ("weight", "constant"))
     weights = tuple(item for item in inputs.values() if item.kind in ("weight", "constant"))
     operators = Counter(_operator(node) for node in [*before, *after, *(n for layer in layers for n in layer.nodes)])
-    return EmittedGraph(captured.name, source, weights, step_inputs, len(classes), dict(operators))
+    outputs = tuple(_known_shape(node) for node in results_of(captured))
+    return EmittedGraph(captured.name, source, weights, step_inputs, outputs, len(classes), dict(operators))
+
+
+def results_of(captured: CapturedGraph) -> list[Node]:
+    """The nodes a graph returns."""
+    output = next(node for node in captured.module.graph.nodes if node.op == "output").args[0]
+    return [node for node in (output if isinstance(output, (tuple, list)) else [output]) if node is not None]
+
+
+def _known_shape(node: Node) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in value(node).shape)
 
 
 def _operator(node: Node) -> str:
@@ -214,9 +227,9 @@ class _NetworkWriter:
             block.names[node] = block.fresh(name)
             arguments.append(block.names[node])
         outside = {operand for node in [*before, *after] for operand in node.all_input_nodes}
-        output = next(node for node in self.captured.module.graph.nodes if node.op == "output")
+        results = results_of(self.captured)
         for node in self.stored:
-            if node in outside or node in output.all_input_nodes:
+            if node in outside or node in results:
                 item = self.inputs[node]
                 attribute = block.fresh(identifier(item.name))
                 block.init.append(f'self.{attribute} = weights["{item.name}"]{self.comment(node)}')
@@ -227,8 +240,6 @@ class _NetworkWriter:
             self._layer_call(block, layer)
         for node in after:
             self.write(block, node)
-        result = output.args[0]
-        results = [item for item in (result if isinstance(result, (tuple, list)) else [result]) if item is not None]
         block.body.append("return " + ", ".join(block.names[item] for item in results))
         return _class("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
 

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+import vllm.ir.ops  # noqa: F401  defines torch.ops.vllm_ir
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -17,6 +18,14 @@ from vllm_mindspore.compiler.capture import CapturedGraph
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
+
+# Calls a captured model leaves behind that say nothing about its values.
+WITHOUT_EFFECT = (
+    torch._C._set_grad_enabled,
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+)
 
 Rule = Callable[[torch.fx.Graph, Node], Node | None]
 RULES: dict[object, Rule] = {}
@@ -58,6 +67,9 @@ def legalize(captured: CapturedGraph) -> None:
     graph = captured.module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
+            continue
+        if node.target in WITHOUT_EFFECT:
+            graph.erase_node(node)
             continue
         rewrite = RULES.get(node.target)
         if rewrite is None:
@@ -119,6 +131,12 @@ def _identity(graph, node):
     return node.args[0]
 
 
+@rule(aten.view.default, aten._unsafe_view.default)
+def _view(graph, node):
+    """MindSpore tensors are contiguous: every view is a reshape, also of what was a strided view in PyTorch."""
+    return call(graph, aten.reshape.default, *node.args)
+
+
 @rule(aten.copy.default)
 def _copy(graph, node):
     target, source = node.args[:2]
@@ -171,9 +189,9 @@ def _embedding(graph, node):
         ids = ids.args[0]
     if value(ids).dim() == 1:
         return call(graph, torch.ops.vllm_ms.embedding.default, ids, weight)
-    flat = call(graph, aten.view.default, ids, [-1])
+    flat = call(graph, aten.reshape.default, ids, [-1])
     rows = call(graph, torch.ops.vllm_ms.embedding.default, flat, weight)
-    return call(graph, aten.view.default, rows, [*_sizes(graph, ids), value(weight).shape[1]])
+    return call(graph, aten.reshape.default, rows, [*_sizes(graph, ids), value(weight).shape[1]])
 
 
 def _sizes(graph, node) -> list:

@@ -38,6 +38,32 @@ class LoweredGraph:
     passes: dict[str, int] = field(default_factory=dict)
 
 
+def lower(
+    captured: CapturedGraph,
+    passes: PassManager,
+    groups: list[KVGroup],
+    weights: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    device: str,
+    title: str,
+) -> tuple[EmittedGraph, list[PassReport]]:
+    """Legalize, optimize, bind and write a captured graph; its constants are renamed to be unique among graphs.
+
+    Raises:
+        UnmappedOperatorError: an operator of the model has no meaning in MindSpore.
+    """
+    name = captured.name
+    legalize(captured)
+    reports = passes.run(captured.module.graph)
+    bind_kv_groups(captured, groups)
+    captured.inputs = [
+        GraphInput(item.kind, f"{name}.{item.name}") if item.kind == "constant" else item for item in captured.inputs
+    ]
+    captured.constants = {f"{name}.{key}": value for key, value in captured.constants.items()}
+    stored = {key: dtype for key, (_, dtype) in weights.items()}
+    stored.update({key: value.dtype for key, value in captured.constants.items()})
+    return emit(captured, stored, device, f"{title}: the {name} graph."), reports
+
+
 class Compiler:
     """Turns captured functions into programs and keeps them on disk.
 
@@ -85,18 +111,10 @@ class Compiler:
         """
         begin = time.perf_counter()
         name = captured.name
-        legalize(captured)
-        reports = self.passes.run(captured.module.graph)
-        bind_kv_groups(captured, self.groups)
-        constants = {f"{name}.{key}": value for key, value in captured.constants.items()}
-        captured.inputs = [
-            GraphInput(item.kind, f"{name}.{item.name}") if item.kind == "constant" else item for item in captured.inputs
-        ]
-        stored = {key: dtype for key, (_, dtype) in self.weights.items()} | {k: v.dtype for k, v in constants.items()}
-        emitted = emit(captured, stored, self.device, f"{title}: the {name} graph.")
+        emitted, reports = lower(captured, self.passes, self.groups, self.weights, self.device, title)
         path = self.entry.path / f"{name}.py"
         path.write_text(emitted.source)
-        self.constants.update(constants)
+        self.constants.update(captured.constants)
         self.graphs[name] = LoweredGraph(emitted, path, {report.name: report.matches for report in reports})
         self._save()
         seconds = time.perf_counter() - begin
@@ -146,6 +164,7 @@ class Compiler:
                 "passes": graph.passes,
                 "weights": [asdict(item) for item in graph.emitted.weights],
                 "inputs": [asdict(item) for item in graph.emitted.inputs],
+                "outputs": graph.emitted.outputs,
                 "layer_classes": graph.emitted.layer_classes,
                 "operators": graph.emitted.operators,
             }
@@ -159,7 +178,10 @@ class Compiler:
         for name, graph in json.loads((self.entry.path / GRAPHS_FILE).read_text()).items():
             path = self.entry.path / f"{name}.py"
             weights, inputs = (tuple(GraphInput(**item) for item in graph[kind]) for kind in ("weights", "inputs"))
-            emitted = EmittedGraph(name, path.read_text(), weights, inputs, graph["layer_classes"], graph["operators"])
+            outputs = tuple(map(tuple, graph["outputs"]))
+            emitted = EmittedGraph(
+                name, path.read_text(), weights, inputs, outputs, graph["layer_classes"], graph["operators"]
+            )
             self.graphs[name] = LoweredGraph(emitted, path, graph["passes"])
         constants = self.entry.path / CONSTANTS_FILE
         self.constants = load_file(constants) if constants.is_file() else {}

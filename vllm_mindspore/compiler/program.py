@@ -65,7 +65,7 @@ class Program:
         self.counters = Counters()
         parameters = {item.name: shared_parameter(weights[item.name].contiguous(), item.name) for item in emitted.weights}
         self.shared = {
-            item.name: _address(parameters[item.name]) == weights[item.name].data_ptr() for item in emitted.weights
+            item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr() for item in emitted.weights
         }
         self.network = load_module(path).Network(parameters)
         self.network.set_train(False)
@@ -108,11 +108,3 @@ class Program:
         verb = "loaded from cache" if loaded else "compiled"
         logger.info("graph %s: %s in %.1f s", self.emitted.name, verb, self.counters.seconds)
         return result
-
-
-def _address(parameter) -> int:
-    import mindspore as ms
-
-    if parameter.dtype == ms.bfloat16:
-        return torch.utils.dlpack.from_dlpack(ms.utils.dlpack.to_dlpack(parameter)).data_ptr()
-    return parameter.asnumpy().ctypes.data

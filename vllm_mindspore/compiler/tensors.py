@@ -3,23 +3,23 @@
 import numpy as np
 import torch
 
-NUMPY_TYPES = (torch.float32, torch.int64, torch.int32, torch.uint8, torch.int8, torch.float16, torch.float64)
-
-
 def to_mindspore(tensor: torch.Tensor):
     """A MindSpore tensor on the memory of a contiguous torch CPU tensor.
+
+    Shared through numpy, not DLPack: in PyNative, MindSpore's operators write to a copy of a DLPack tensor.
 
     Raises:
         ValueError: the tensor is not contiguous (it could only be copied).
     """
     import mindspore as ms
 
-    tensor = tensor.detach()
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} cannot be shared")
-    if tensor.dtype in NUMPY_TYPES:
-        return ms.Tensor.from_numpy(tensor.numpy())
-    return ms.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
+    if tensor.dtype == torch.bfloat16:
+        from mindspore.common import np_dtype
+
+        return ms.Tensor.from_numpy(tensor.view(torch.uint16).numpy().view(np_dtype.bfloat16))
+    return ms.Tensor.from_numpy(tensor.numpy())
 
 
 def to_torch(tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def shared_parameter(tensor: torch.Tensor, name: str):
     import mindspore as ms
     from mindspore.common.initializer import initializer
 
-    shared = to_mindspore(tensor.as_subclass(torch.Tensor))  # vLLM's parameters are subclasses
+    shared = to_mindspore(tensor.detach().as_subclass(torch.Tensor))  # vLLM's parameters are subclasses
     parameter = ms.Parameter(initializer("zeros", shared.shape, shared.dtype), name=name, requires_grad=False)
     parameter.set_data(shared)
     return parameter

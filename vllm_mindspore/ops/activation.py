@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 ACTIVATIONS = (
     "",
@@ -37,6 +37,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, str activation) -> Tensor"),
         fake=_fake,
         cpu="Activation",
+        ascend=ascend_cell("Activation"),
         check=check_activation,
     ),
 ]

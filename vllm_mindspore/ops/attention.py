@@ -77,6 +77,7 @@ OPERATORS = [
         fake=_paged_attention_fake,
         cpu="PagedAttention",
         check=_check_attention,
+        ordered=True,  # otherwise MindSpore merges calls around a kv_write, or copies the whole cache before it
     ),
     Operator(
         # qkv [T, (num_heads + 2 * num_kv_heads) * head_size] f32 = queries, keys, values. Norms queries and keys

@@ -68,7 +68,8 @@ class Compiler:
             version = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True).stdout
             target = subprocess.run([*words, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
-            raise BuildError(f"C++ compiler {' '.join(words)!r} does not run ({error}): install g++ or set CXX") from None
+            name = " ".join(words)
+            raise BuildError(f"C++ compiler {name!r} does not run ({error}): install g++ or set CXX") from None
         machine = target.split("-")[0]
         if machine not in ISA_FLAGS:
             raise BuildError(f"no kernels for machine {machine!r}; supported: {', '.join(ISA_FLAGS)}")

@@ -44,6 +44,6 @@ def aot_primitive(operator: Operator, given: tuple[str, ...], attributes: dict[s
     primitive.add_prim_attr("present", sum(1 << positions[name] for name in given))
     for name, value in attributes.items():
         primitive.add_prim_attr(name, value)
-    if operator.schema.mutates:
+    if operator.schema.mutates or operator.ordered:
         primitive.add_prim_attr("side_effect_mem", True)  # keeps program order around the mutated tensor
     return primitive

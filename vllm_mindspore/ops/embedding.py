@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
 def _fake(ids, weight):
@@ -17,5 +17,6 @@ OPERATORS = [
         schema=Schema.parse("(Tensor ids, Tensor weight) -> Tensor"),
         fake=_fake,
         cpu="Embedding",
+        ascend=ascend_cell("Embedding"),
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_mindspore.ops.activation import check_activation
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 NORMS = ("", "rms", "layer")
 
@@ -35,6 +35,7 @@ OPERATORS = [
         ),
         fake=_fake,
         cpu="Linear",
+        ascend=ascend_cell("Linear"),
         check=_check,
     ),
 ]

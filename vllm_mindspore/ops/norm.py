@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
 def _rms_norm_fake(x, weight, eps, offset):
@@ -21,6 +21,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, Tensor? weight, float eps, float offset) -> Tensor"),
         fake=_rms_norm_fake,
         cpu="RmsNorm",
+        ascend=ascend_cell("RmsNorm"),
     ),
     Operator(
         # x [..., width] f32; weight, bias [width]; (x - mean) / sqrt(var + eps) * weight + bias
@@ -28,5 +29,6 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"),
         fake=_layer_norm_fake,
         cpu="LayerNorm",
+        ascend=ascend_cell("LayerNorm"),
     ),
 ]

@@ -83,11 +83,12 @@ class Operator:
     """One operator.
 
     name: in torch `vllm_ms::<name>`.
-    schema: see the contract in docs/architecture.md; tensors become inputs, everything else attributes.
+    schema: tensors become inputs of the primitive, everything else its attributes.
     fake: torch function (same arguments) giving the shape and dtype of the result; imports torch when called.
     cpu: name that csrc/wrappers exports (VLLM_MS_AOT_OPERATOR).
-    ascend: `ascend(given, **attributes)` returns a callable of MindSpore primitives taking the tensors named by `given`,
-        or raises UnsupportedOperator; None where there is no implementation at all.
+    ascend: `ascend(given, **attributes)` returns a callable of MindSpore primitives that takes the tensors named by
+        `given`, or raises UnsupportedOperator; None where there is no implementation at all.
+    ordered: keep program order with operators that mutate a tensor this one reads. Those that mutate always keep it.
     check: `check(given, **attributes)` raises ValueError for attribute values that no device accepts.
     """
 
@@ -97,3 +98,15 @@ class Operator:
     cpu: str
     ascend: Callable[..., Callable] | None = field(default=None, repr=False)
     check: Callable[..., None] | None = field(default=None, repr=False)
+    ordered: bool = False
+
+
+def ascend_cell(name: str) -> Callable[..., Callable]:
+    """An Operator's `ascend`: class `name` of vllm_mindspore.ops.ascend, which is imported when it is used."""
+
+    def build(given: tuple[str, ...], **attributes: Any) -> Callable:
+        from vllm_mindspore.ops import ascend
+
+        return getattr(ascend, name)(given, **attributes)
+
+    return build

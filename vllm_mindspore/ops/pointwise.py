@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 BINARY_OPS = ("add", "sub", "mul", "div", "maximum", "minimum")
 
@@ -26,6 +26,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, Tensor y, str op) -> Tensor"),
         fake=_binary_fake,
         cpu="Binary",
+        ascend=ascend_cell("Binary"),
         check=_check_binary,
     ),
 ]

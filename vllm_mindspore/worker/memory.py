@@ -44,12 +44,13 @@ def _cgroup_value(v2: str, v1: str) -> int | None:
     return None
 
 
-def kv_cache_bytes(cache_config, minimum: int) -> int:
+def kv_cache_bytes(cache_config, minimum: int, maximum: int) -> int:
     """Bytes the KV cache may take, asked after weights and activations are resident.
 
     In order: --kv-cache-memory-bytes, `VLLM_MS_KV_CACHE_GIB`, --gpu-memory-utilization when it is not vLLM's default
     (share of total memory this process may reach), else 4 GiB, or what one request of --max-model-len needs
-    (`minimum`, bytes) if that is more, but at most half of the free memory.
+    (`minimum`, bytes) if that is more, but at most what --max-num-seqs such requests need (`maximum`, bytes) and half
+    of the free memory.
 
     Raises:
         ValueError: more memory is asked for than is free; names the option and both sizes.
@@ -63,7 +64,7 @@ def kv_cache_bytes(cache_config, minimum: int) -> int:
         source = f"--gpu-memory-utilization {cache_config.gpu_memory_utilization}"
         explicit = int(total_memory() * cache_config.gpu_memory_utilization) - resident_memory()
     if explicit is None:
-        return min(max(DEFAULT_KV_CACHE, minimum), int(free * DEFAULT_SHARE_OF_FREE))
+        return min(max(DEFAULT_KV_CACHE, minimum), maximum, int(free * DEFAULT_SHARE_OF_FREE))
     if not 0 < explicit <= free:
         raise ValueError(
             f"{source}: the KV cache would take {format_gib(explicit)} GiB, but {format_gib(free)} GiB of "

@@ -9,6 +9,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_mindspore.compiler.capture import MAX_BLOCKS, NUM_REQS, NUM_SLOTS, NUM_TOKENS, Capture, CapturedGraph
+from vllm_mindspore.compiler.emit import results_of
 from vllm_mindspore.worker.attention import GraphAttentionMetadata
 
 
@@ -30,6 +31,15 @@ def replaced_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -
     finally:
         for slots, values in originals:
             slots.update(values)
+
+
+def capture_model(model: torch.nn.Module, vllm_config: VllmConfig) -> Iterator[CapturedGraph]:
+    """The graph of `forward`, then that of `compute_logits`, each captured when it is asked for."""
+    forward = capture_forward(model, vllm_config)
+    (hidden_states,) = results_of(forward)
+    hidden_size = hidden_states.meta["val"].shape[-1]
+    yield forward
+    yield capture_logits(model, hidden_size)
 
 
 def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
@@ -95,11 +105,13 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
     return capture.trace(forward)
 
 
-def capture_logits(model: torch.nn.Module, vllm_config: VllmConfig) -> CapturedGraph:
-    """hidden_states [num_rows, hidden] float32 → logits [num_rows, vocabulary] float32."""
+def capture_logits(model: torch.nn.Module, hidden_size: int) -> CapturedGraph:
+    """hidden_states [num_rows, hidden] float32 → logits [num_rows, vocabulary] float32.
+
+    hidden_size: the width of what `forward` returns (not always the model's hidden size: OPT projects out of it).
+    """
     capture = Capture("logits")
     weights = capture.add_weights(model)
-    hidden_size = vllm_config.model_config.get_hidden_size()
     row = len(capture.inputs)
     capture.add_input("tensor", "hidden_states", (NUM_TOKENS, hidden_size), torch.float32, dynamic=(0,))
 

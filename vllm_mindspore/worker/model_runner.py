@@ -10,13 +10,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
-from vllm_mindspore.worker import facts, layers, model_capture
+from vllm_mindspore.worker import facts, kv_groups, layers, model_capture
 from vllm_mindspore.worker.step import ModelStep
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
@@ -61,7 +61,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def _prepare_graphs(self, model: torch.nn.Module) -> None:
         begin = time.perf_counter()
-        groups = [KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size) for group in self._kv_cache_groups()]
+        groups = [KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size) for group in kv_groups.of_model(self.vllm_config)]
         self.compiler = Compiler(
             facts.of_model(model, self.vllm_config),
             facts.weights_of(model),
@@ -70,15 +70,12 @@ class MindSporeModelRunner(CPUModelRunner):
             eager=self.model_config.enforce_eager,
         )
         if not self.compiler.open():
-            for name, capture in (("model", model_capture.capture_forward), ("logits", model_capture.capture_logits)):
-                started = time.perf_counter()
-                captured = capture(model, self.vllm_config)
-                logger.info("graph %s captured in %.1f s", name, time.perf_counter() - started)
+            started = time.perf_counter()
+            for captured in model_capture.capture_model(model, self.vllm_config):
+                logger.info("graph %s captured in %.1f s", captured.name, time.perf_counter() - started)
                 self.compiler.add(captured, self.model_config.architecture)
+                started = time.perf_counter()
         self.compile_seconds += time.perf_counter() - begin
-
-    def _kv_cache_groups(self):
-        return get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
 
     def compile_and_profile(self) -> None:
         """Compile both graphs and run the largest step on a KV cache of a few blocks.
@@ -90,7 +87,6 @@ class MindSporeModelRunner(CPUModelRunner):
         self.step = ModelStep(
             self.compiler.program("model", weights),
             self.compiler.program("logits", weights),
-            self.model_config.get_hidden_size(),
             self.compiler.groups,
             self.compiler.compiled_files,
         )
@@ -98,8 +94,7 @@ class MindSporeModelRunner(CPUModelRunner):
         self.model.compute_logits = self.step.compute_logits
         self._initialize_small_kv_cache()
         with self.compiler.mindspore_cache():
-            _, last = self._dummy_run(self.max_num_tokens, force_attention=True)
-            self._dummy_sampler_run(last)
+            self._run_dummy_step(self.max_num_tokens)
         self.compiler.close()
         self._cleanup_profiling_kv_cache()
         self.compile_seconds += time.perf_counter() - begin
@@ -108,7 +103,7 @@ class MindSporeModelRunner(CPUModelRunner):
         )
 
     def _initialize_small_kv_cache(self) -> None:
-        groups = self._kv_cache_groups()
+        groups = kv_groups.of_model(self.vllm_config)
         cache = self.cache_config
         override, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 2
         try:
@@ -135,7 +130,14 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def warm_up(self) -> None:
         """One small step on the real KV cache: nothing is compiled any more."""
-        hidden, last = self._dummy_run(min(self.max_num_tokens, 16), force_attention=True)
+        self._run_dummy_step(min(self.max_num_tokens, 16))
+
+    def _run_dummy_step(self, num_tokens: int) -> None:
+        """A step of up to `num_tokens` prompt tokens over all requests, with attention and sampling."""
+        num_reqs = self.scheduler_config.max_num_seqs
+        num_tokens = min(num_tokens, num_reqs * self.model_config.max_model_len)
+        longest_query = num_tokens - (num_reqs - 1) * (num_tokens // num_reqs) if num_tokens > num_reqs else 1
+        _, last = self._dummy_run(num_tokens, force_attention=True, profile_seq_lens=longest_query)
         self._dummy_sampler_run(last)
 
     def graph_statistics(self) -> dict[str, object]:

@@ -22,7 +22,6 @@ class ModelStep:
         self,
         model: Program,
         logits: Program,
-        hidden_size: int,
         groups: list[KVGroup],
         cached_files: Callable[[], object | None],
     ):
@@ -30,7 +29,8 @@ class ModelStep:
         self.model, self.logits, self.groups = model, logits, groups
         self._cached_files = cached_files
         self.kv_caches: dict[str, object] = {}
-        logits.compile([((None, hidden_size), torch.float32)], cached_files)
+        (hidden_states,) = model.emitted.outputs
+        logits.compile([(hidden_states, torch.float32)], cached_files)
 
     def bind_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's caches, [blocks, heads, block_size, row] views of [blocks, block_size, heads, row] memory.

@@ -53,8 +53,8 @@ class MindSporeWorker(WorkerBase):
         """Bytes for the KV cache, after the graphs are compiled and the largest step has run once."""
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.compile_and_profile()
-        minimum = self.model_runner.kv_cache_bytes_of_one_request()
-        size = memory.kv_cache_bytes(self.cache_config, minimum)
+        one = self.model_runner.kv_cache_bytes_of_one_request()
+        size = memory.kv_cache_bytes(self.cache_config, one, one * (self.scheduler_config.max_num_seqs + 1))
         logger.info(
             "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
             *(format_gib(n) for n in (size, memory.resident_memory(), memory.available_memory(), memory.total_memory())),

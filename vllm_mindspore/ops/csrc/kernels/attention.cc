@@ -141,9 +141,27 @@ void find_slots(const Task &t, int64_t tile, int64_t begin, int64_t end, int64_t
 }
 
 template <class T>
+VLLM_MS_INLINE Vec widen(const T *p) {
+  return load(p);
+}
+VLLM_MS_INLINE Vec widen(const bf16 *p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec>(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)), 16));
+#else
+  return load(p);
+#endif
+}
+
+template <class T>
 VLLM_MS_INLINE void convert_row(const T *row, int64_t size, float *out) {
   int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) store(out + d, load(row + d));
+  for (; d + kLanes <= size; d += kLanes) store(out + d, widen(row + d));
   if (d < size) store(out + d, load_n(row + d, size - d));
 }
 
@@ -157,7 +175,7 @@ struct Tile {
 // Points tile.keys and tile.values at one KV head's rows: at the cache where it can be read as it is, else at a float
 // copy. Rows of `ahead`, the next tile to be loaded, are prefetched.
 template <class T>
-void load_rows(const Task &t, int64_t head, const int64_t *ahead, int64_t ahead_head, Tile &tile) {
+VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *ahead, int64_t ahead_head, Tile &tile) {
   const int64_t size = t.in.cache.head_size, heads = t.in.cache.num_kv_heads;
   const T *cache = static_cast<const T *>(t.in.cache.data);
   const bool direct = sizeof(T) == sizeof(float) && size % kLanes == 0;

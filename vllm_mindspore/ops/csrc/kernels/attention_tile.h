@@ -4,6 +4,8 @@
 #include "../vec_math.h"
 #include "attention.h"
 
+#define VLLM_MS_NOINLINE __attribute__((noinline))
+
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
@@ -71,7 +73,7 @@ VLLM_MS_INLINE Vec sum_each(const Vec *v) {
 // scores[r, j] = query[r] . key[j] for j in [begin, end), and for other j of the tile as it comes. R rows by K keys are
 // held in registers; each dot product is one chain of fma over the head, then sum_each, whatever R and K.
 template <int R>
-VLLM_MS_INLINE void score_rows(const float *query, int64_t padded, const float *const *keys, int64_t begin, int64_t end,
+VLLM_MS_NOINLINE void score_rows(const float *query, int64_t padded, const float *const *keys, int64_t begin, int64_t end,
                                int64_t head_size, float *scores) {
   constexpr int K = R == 4 ? 4 : R == 2 ? (kLanes > 8 ? 8 : 4) : (kLanes > 8 ? 16 : 8);
   for (int64_t j = begin / K * K; j < end; j += K) {
@@ -108,7 +110,7 @@ struct RowState {
 // Turns the scores of keys [begin, end) into weights relative to the row's running maximum, and rescales the row's sum
 // and accumulator to it. Weights outside [begin, end) are not to be read. `distance` = position of scores[0] - position
 // of the query.
-VLLM_MS_INLINE void softmax_row(const AttentionInputs &in, float *scores, int64_t begin, int64_t end, float slope,
+VLLM_MS_NOINLINE void softmax_row(const AttentionInputs &in, float *scores, int64_t begin, int64_t end, float slope,
                                 int64_t distance, RowState row) {
   IVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -149,7 +151,7 @@ VLLM_MS_INLINE void softmax_row(const AttentionInputs &in, float *scores, int64_
 // accumulator[r, offset : offset + N * kLanes] += weights[r, j] * value[j] for j in [begin, end), ascending: one chain
 // of fma per element, so that a range may be cut anywhere.
 template <int R, int N>
-VLLM_MS_INLINE void accumulate(float *accumulator, int64_t padded, const float *weights, const float *const *values,
+VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float *weights, const float *const *values,
                                int64_t begin, int64_t end, int64_t offset) {
   Vec sums[R][N];
 #pragma GCC unroll 4

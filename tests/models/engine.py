@@ -1,0 +1,57 @@
+"""One vLLM engine on MindSpore in this process, for tests that compare its output."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .checkpoints import checkpoint
+from .families import FAMILIES
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@contextmanager
+def engine(name: str, dtype: str = "float32", **options) -> Iterator:
+    """A `vllm.LLM` serving the checkpoint of family `name` in `dtype`; its memory is released afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, disable_log_stats=True, seed=0)
+    llm = LLM(str(checkpoint(name, dtype)), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def greedy(llm, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy continuations of prompts batched together, end-of-text ignored."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def prompt_logprobs(llm, ids: list[int], vocab_size: int) -> torch.Tensor:
+    """log p of every vocabulary entry after every token of `ids` but the last: [len(ids) - 1, vocab_size] float32."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+    rows = torch.empty(len(ids) - 1, vocab_size)
+    for position, entries in enumerate(output.prompt_logprobs[1:]):
+        for token, entry in entries.items():
+            rows[position, token] = entry.logprob
+    return rows
+
+
+def statistics(llm) -> dict:
+    """The worker's `graph_statistics`."""
+    return llm.collective_rpc("graph_statistics")[0]

@@ -1,0 +1,41 @@
+"""Every dense family, served unmodified from vLLM's class, against a model that is not vLLM's."""
+
+import pytest
+import torch
+
+from .engine import engine, greedy, prompt_logprobs, statistics
+from .families import FAMILIES
+from .reference import MAX_TOKENS, PROMPTS, reference
+
+SERVED = [name for name, family in FAMILIES.items() if family.vllm_class]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_float32_tokens_and_logits_equal_the_reference(name):
+    expected = reference(name)
+    ids = max(PROMPTS, key=len)
+    with engine(name, max_logprobs=-1) as llm:
+        tokens = greedy(llm, PROMPTS, MAX_TOKENS)
+        compiled = {graph: values["compiles"] + values["loads"] for graph, values in statistics(llm).items()}
+        logprobs = prompt_logprobs(llm, ids, expected.logits([5]).shape[-1])
+        shared = {graph: (values["weights_shared"], values["weights"]) for graph, values in statistics(llm).items()}
+    assert tokens == expected.generate(PROMPTS)
+    assert (logprobs - expected.logits(ids)[:-1].log_softmax(-1)).abs().max() < 1e-4
+    assert compiled == {"model": 1, "logits": 1}
+    assert all(count == total for count, total in shared.values()), f"weights were copied: {shared}"
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_bfloat16_divergence_is_not_above_hugging_faces_own(name):
+    exact, rounded = reference(name), reference(name, "bfloat16")
+    ids = max(PROMPTS, key=len)
+    with engine(name, "bfloat16", max_logprobs=-1) as llm:
+        ours = prompt_logprobs(llm, ids, exact.logits([5]).shape[-1])
+    wanted = exact.logits(ids)[:-1].log_softmax(-1)
+    theirs = rounded.logits(ids, torch.bfloat16)[:-1].log_softmax(-1)
+    assert _divergence(wanted, ours) <= _divergence(wanted, theirs)
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean over positions of KL(wanted || found), nats."""
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()

@@ -1,0 +1,136 @@
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "testing.h"
+
+using namespace vllm_ms;
+
+namespace {
+
+// Each item is visited exactly once.
+bool covers(int64_t n, int64_t grain) {
+  std::vector<std::atomic<int>> visits(n);
+  for (auto &v : visits) v = 0;
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) ++visits[i];
+  });
+  for (const auto &v : visits) {
+    if (v != 1) return false;
+  }
+  return true;
+}
+
+double process_cpu_seconds() {
+  rusage usage;
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval &t) { return t.tv_sec + t.tv_usec * 1e-6; };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+}  // namespace
+
+TEST(parallel_for_covers_every_range) {
+  const int before = num_threads();
+  for (int threads : {1, 2, 5}) {
+    set_num_threads(threads);
+    for (int64_t n : {0, 1, 2, 3, 7, 100, 1001}) {
+      for (int64_t grain : {0, 1, 3, 50, 2000}) CHECK(covers(n, grain)) << threads << " " << n << " " << grain;
+    }
+  }
+  set_num_threads(before);
+}
+
+TEST(parallel_for_from_many_threads_and_nested) {
+  const int before = num_threads();
+  set_num_threads(3);
+  std::atomic<int64_t> total{0};
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 6; ++c) {
+    callers.emplace_back([&] {
+      for (int repeat = 0; repeat < 300; ++repeat) {
+        if (!covers(97, 1)) ++wrong;
+        parallel_for(10, 1, [&](int64_t begin, int64_t end) {
+          parallel_for(end - begin, 1, [&](int64_t b, int64_t e) { total += e - b; });
+        });
+      }
+    });
+  }
+  for (auto &caller : callers) caller.join();
+  CHECK(wrong == 0) << wrong.load();
+  CHECK(total == 6 * 300 * 10) << total.load();
+  set_num_threads(before);
+}
+
+TEST(parallel_for_uses_its_threads) {
+  const int before = num_threads();
+  set_num_threads(2);
+  std::atomic<bool> other{false};
+  const std::thread::id self = std::this_thread::get_id();
+  for (int attempt = 0; attempt < 1000 && !other; ++attempt) {
+    parallel_for(64, 1, [&](int64_t, int64_t) {
+      if (std::this_thread::get_id() != self) other = true;
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    });
+  }
+  CHECK(other.load()) << "all work was done by the caller";
+  set_num_threads(before);
+}
+
+TEST(idle_pool_uses_no_cpu) {
+  const int before = num_threads();
+  set_num_threads(4);
+  covers(1000, 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the workers' spinning is over
+  const double start = process_cpu_seconds();
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  const double used = process_cpu_seconds() - start;
+  CHECK(used < 0.05) << used << " s of CPU in 0.3 s of sleep";
+  set_num_threads(before);
+}
+
+TEST(pool_works_after_fork) {
+  const int before = num_threads();
+  set_num_threads(3);
+  covers(1000, 1);
+  std::atomic<bool> stop{false};
+  std::thread busy([&] {
+    while (!stop) covers(500, 1);
+  });
+  for (int i = 0; i < 20; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      const Scratch scratch(1000);
+      _exit(covers(1000, 1) && covers(77, 1) ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "child status " << status;
+  }
+  stop = true;
+  busy.join();
+  CHECK(covers(1000, 1)) << "parent";
+  set_num_threads(before);
+}
+
+TEST(scratch_is_reused_and_aligned) {
+  void *first = nullptr;
+  {
+    const Scratch a(5000);
+    first = a.as<void>();
+    CHECK(reinterpret_cast<uintptr_t>(first) % 64 == 0) << first;
+    const Scratch b(5000);
+    CHECK(b.as<void>() != first) << "two live buffers are one";
+    std::memset(a.as<char>(), 1, 5000);
+  }
+  bool reused = false;
+  const Scratch c(4900), d(4900);
+  reused = c.as<void>() == first || d.as<void>() == first;
+  CHECK(reused) << "a returned buffer was not used again";
+}

@@ -1,0 +1,30 @@
+"""The operators' tests again with each slower instruction set that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_mindspore.ops import build
+
+FILES = ["test_linear.py", "test_norm.py", "test_activation.py", "test_embedding.py", "test_pointwise.py"]
+
+
+def other_variants() -> list[str]:
+    variants = build.read_build_info().get("isa_variants", [])
+    current = build.kernel_info()["isa"]
+    return variants[: variants.index(current)] if current in variants else []
+
+
+@pytest.mark.skipif("VLLM_MS_CPU_ISA" in os.environ, reason="an instruction set is chosen already")
+@pytest.mark.parametrize("isa", other_variants())
+def test_operators_with(isa):
+    folder = os.path.dirname(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [os.path.join(folder, name) for name in FILES]
+    env = {**os.environ, "VLLM_MS_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
