@@ -1,7 +1,7 @@
 """Drop nodes that change nothing.
 
-    view(view(x, a), b)   →  view(x, b)
-    view(x, x.shape)      →  x
+    reshape(reshape(x, a), b)   →  reshape(x, b)
+    reshape(x, x.shape)   →  x
     expand(x, x.shape)    →  x
     slice(x, 0, all)      →  x
     slice(slice_scatter(x, y, d, a, b), d, a, b)   →  y
@@ -14,7 +14,7 @@ import sys
 import torch
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import VIEWS, is_call, same_shape
+from vllm_mindspore.graph_passes.nodes import RESHAPE, is_call, same_shape
 
 aten = torch.ops.aten
 NEUTRAL = {
@@ -35,7 +35,7 @@ def run(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
+        if is_call(node, RESHAPE) and is_call(node.args[0], RESHAPE):
             node.update_arg(0, node.args[0].args[0])
             dropped += 1
         if is_call(node, aten.slice.Tensor) and _reads_what_was_written(node):
@@ -64,7 +64,7 @@ def _slice_arguments(args: tuple) -> tuple:
 
 
 def _is_noop(node: Node) -> bool:
-    if node.target in (*VIEWS, aten.expand.default):
+    if node.target in (RESHAPE, aten.expand.default):
         return same_shape(node, node.args[0])
     if node.target is aten.slice.Tensor:
         _, start, end, step = _slice_arguments(node.args[1:])
@@ -74,6 +74,6 @@ def _is_noop(node: Node) -> bool:
         other = node.args[1]
         same_type = not isinstance(other, Node) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
         return same_type and other == NEUTRAL[node.target] and node.kwargs.get("alpha", 1) == 1
-    if node.target in (aten.to.dtype, aten._to_copy.default):
+    if node.target is aten.to.dtype:
         return node.meta["val"].dtype == node.args[0].meta["val"].dtype
     return False

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace, through_views
 
-SPLITS = (torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default)
+SPLITS = (torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor)
 
 
 @dataclass

@@ -114,6 +114,11 @@ def _update(vllm_config) -> None:
     compilation.custom_ops = [op for op in compilation.custom_ops if op != "none"]
     if "all" not in compilation.custom_ops:
         compilation.custom_ops.append("all")
+    structured_outputs = vllm_config.structured_outputs_config
+    if structured_outputs.backend == "auto":
+        # "auto" accepts what any library can do, but the engine keeps the first request's library: later requests that
+        # need another fail with an internal error, or ignore parts of a schema.
+        structured_outputs.backend = "xgrammar"
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE

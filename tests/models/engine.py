@@ -4,18 +4,27 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
 from .checkpoints import checkpoint
 from .families import FAMILIES
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 
 @contextmanager
 def engine(name: str, dtype: str = "float32", **options) -> Iterator:
-    """A `vllm.LLM` serving the checkpoint of family `name` in `dtype`; its memory is released afterwards."""
+    """A `vllm.LLM` serving the checkpoint of family `name` in `dtype`; its memory is released afterwards.
+
+    The engine lives in this process, which is faster, except for families that vLLM serves by rewriting Hugging Face's
+    own classes: the reference needs them as they were.
+    """
+    rewrites_classes = FAMILIES[name].vllm_class.startswith("Transformers")
+    with mock.patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(rewrites_classes))):
+        yield from _engine(name, dtype, options)
+
+
+def _engine(name: str, dtype: str, options: dict) -> Iterator:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -233,7 +233,7 @@ _GEMMAS = [
             rope_parameters={LOCAL: rope(), GLOBAL: rope("linear", 1e6, factor=8.0)},
         ),
         "Gemma3ForCausalLM",
-        scales=Scales(norm=GEMMA_NORMS | QK_NORMS),
+        scales=Scales(logits=1.6, norm=GEMMA_NORMS | {"q_norm": 1.5, "k_norm": 1.5}),
         notes="two rotary tables, RMSNorm on q and k, sliding window in three layers of four: two KV groups",
         seed=1,
     ),

@@ -51,7 +51,7 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Next-token logits after every token of `ids`: [len(ids), vocab_size], computed in `dtype`, returned as float32.
+        """Next-token logits after every token of `ids`: [len(ids), vocab_size], computed in `dtype`, as float32.
 
         float64 stays float64, to measure float32 against.
         """

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -154,15 +153,18 @@ def test_chat_template_and_tokenizer_round_trip():
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _write_and_list(folder: str) -> list[str]:
-    os.environ["VLLM_MS_TEST_CACHE"] = folder
-    return sorted(path.name for path in checkpoints.checkpoint("internlm2").iterdir())
-
-
 def test_processes_that_write_at_once_share_one_whole_checkpoint(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        listings = pool.map(_write_and_list, [str(tmp_path)] * 3, chunksize=1)
-    assert listings[0] == listings[1] == listings[2] and "tokenizer.json" in listings[0]
+    script = (
+        "import os\nfrom tests.models.checkpoints import checkpoint\nprint(sorted(os.listdir(checkpoint('internlm2'))))"
+    )
+    environment = {**os.environ, "VLLM_MS_TEST_CACHE": str(tmp_path)}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    listings = [writer.communicate(timeout=200)[0] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert len(set(listings)) == 1 and "tokenizer.json" in listings[0] and "model.safetensors" in listings[0]
     assert not list(tmp_path.glob("*/.*-*")), "a temporary folder was left behind"
 
 

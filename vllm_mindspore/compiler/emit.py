@@ -89,9 +89,8 @@ def _operator(node: Node) -> str:
 
 def _use_unknown_sizes(captured: CapturedGraph) -> None:
     """In a view whose only unknown size is computed, write -1 for it: the size then needs no input of its own."""
-    aten = torch.ops.aten
     for node in captured.module.graph.nodes:
-        if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        if node.target is torch.ops.aten.reshape.default:
             shape = node.args[1]
             unknown = [position for position, size in enumerate(shape) if not isinstance(size, int) or size == -1]
             if len(unknown) == 1:

@@ -17,6 +17,17 @@ from vllm_mindspore.ops.rotary import check_rotary_dim
 _NORMS = ("", "head", "full")
 
 
+def ascend_cell(name):
+    """An Operator's `ascend`: class `name` of attention_ascend, which is imported when it is used."""
+
+    def build(given, **attributes):
+        from vllm_mindspore.ops import attention_ascend
+
+        return getattr(attention_ascend, name)(given, **attributes)
+
+    return build
+
+
 def _kv_write_fake(kv_cache, key, value, slot_mapping):
     return None
 
@@ -61,6 +72,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor(a!) kv_cache, Tensor key, Tensor value, Tensor slot_mapping) -> ()"),
         fake=_kv_write_fake,
         cpu="KvWrite",
+        ascend=ascend_cell("KvWrite"),
     ),
     Operator(
         # query [T, num_heads * head_size] or [T, num_heads, head_size] f32; block_table [R, B] int32;
@@ -76,6 +88,7 @@ OPERATORS = [
         ),
         fake=_paged_attention_fake,
         cpu="PagedAttention",
+        ascend=ascend_cell("PagedAttention"),
         check=_check_attention,
         ordered=True,  # otherwise MindSpore merges calls around a kv_write, or copies the whole cache before it
     ),
@@ -94,6 +107,7 @@ OPERATORS = [
         ),
         fake=_qkv_attention_fake,
         cpu="QkvAttention",
+        ascend=ascend_cell("QkvAttention"),
         check=_check_qkv_attention,
     ),
 ]

@@ -16,6 +16,12 @@ def _rotary_fake(positions, x, cos_sin, head_size, rotary_dim, neox):
     return like_input(x)
 
 
+def _rotary_ascend(given, **attributes):
+    from vllm_mindspore.ops.attention_ascend import Rotary
+
+    return Rotary(given, **attributes)
+
+
 def _rotary_check(given, head_size, rotary_dim, neox):
     check_rotary_dim(head_size, rotary_dim)
 
@@ -31,6 +37,7 @@ OPERATORS = [
         ),
         fake=_rotary_fake,
         cpu="Rotary",
+        ascend=_rotary_ascend,
         check=_rotary_check,
     ),
 ]

@@ -25,7 +25,6 @@ for _name, _expression in {
     "aten.ceil.default": "ops.ceil",
     "aten.round.default": "ops.round",
     "aten.sign.default": "ops.sign",
-    "aten.square.default": "ops.square",
     "aten.softplus.default": "ops.softplus",
     "aten.logical_not.default": "ops.logical_not",
     "aten.isnan.default": "ops.isnan",
@@ -60,7 +59,7 @@ for _name, _symbol in {"eq": "==", "ne": "!=", "le": "<=", "lt": "<", "ge": ">="
     op(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(_symbol))
 
 
-@op("aten.to.dtype", "aten._to_copy.default", "aten.type_as.default")
+@op("aten.to.dtype")
 def cast(e, node, x, *args, **kwargs):
     return e.cast(x, e.value(node).dtype)
 
@@ -81,7 +80,7 @@ def rsub(e, node, x, y, alpha=1):
     return f"{e(y)} - {scaled}"
 
 
-@op("aten.floor_divide.default", "aten.div.Tensor_mode", "aten.floor_divide.Scalar")
+@op("aten.floor_divide.default", "aten.div.Tensor_mode")
 def floor_divide(e, node, x, y, rounding_mode="floor"):
     if rounding_mode == "floor":
         return f"ops.floor_div({e(x)}, {e(y)})"
@@ -93,13 +92,13 @@ def remainder(e, node, x, y):
     return f"ops.floor_mod({e(x)}, {e(y)})"
 
 
-@op("aten.logical_and.default", "aten.__and__.Tensor", "aten.bitwise_and.Tensor")
+@op("aten.logical_and.default", "aten.bitwise_and.Tensor")
 def logical_and(e, node, x, y):
     function = "logical_and" if e.value(node).dtype == torch.bool else "bitwise_and"
     return f"ops.{function}({e(x)}, {e(y)})"
 
 
-@op("aten.logical_or.default", "aten.__or__.Tensor", "aten.bitwise_or.Tensor")
+@op("aten.logical_or.default", "aten.bitwise_or.Tensor")
 def logical_or(e, node, x, y):
     function = "logical_or" if e.value(node).dtype == torch.bool else "bitwise_or"
     return f"ops.{function}({e(x)}, {e(y)})"
@@ -110,18 +109,18 @@ def bitwise_not(e, node, x):
     return f"ops.logical_not({e(x)})" if e.value(node).dtype == torch.bool else f"-1 - {e(x)}"
 
 
-@op("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
+@op("aten.where.self")
 def where(e, node, condition, x, y):
     dtype = e.value(node).dtype
     return f"ops.where({e(condition)}, {e.cast(x, dtype)}, {e.cast(y, dtype)})"
 
 
-@op("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+@op("aten.masked_fill.Scalar")
 def masked_fill(e, node, x, mask, fill):
     return f"ops.masked_fill({e(x)}, {e(mask)}, {e(fill)})"
 
 
-@op("aten.clamp.default", "aten.clamp.Tensor")
+@op("aten.clamp.default")
 def clamp(e, node, x, low=None, high=None):
     return f"ops.clamp({e(x)}, {e(low)}, {e(high)})"
 

@@ -37,17 +37,17 @@ def cumsum(e, node, x, dim, dtype=None):
     return f"ops.cumsum({e.cast(x, e.value(node).dtype)}, {e.dim(x, dim)})"
 
 
-@op("aten.softmax.int", "aten._softmax.default")
+@op("aten._softmax.default")
 def softmax(e, node, x, dim, *args, **kwargs):
     return f"ops.softmax({e.cast(x, e.value(node).dtype)}, {e.dim(x, dim)})"
 
 
-@op("aten.log_softmax.int", "aten._log_softmax.default")
+@op("aten._log_softmax.default")
 def log_softmax(e, node, x, dim, *args, **kwargs):
     return f"ops.log_softmax({e.cast(x, e.value(node).dtype)}, {e.dim(x, dim)})"
 
 
-@op("aten.mm.default", "aten.bmm.default", "aten.matmul.default")
+@op("aten.mm.default", "aten.bmm.default")
 def matmul(e, node, x, y):
     return f"ops.matmul({e(x)}, {e(y)})"
 

@@ -5,14 +5,9 @@ import sys
 from vllm_mindspore.compiler.torch_map.table import op
 
 
-@op("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+@op("aten.reshape.default")
 def view(e, node, x, shape):
     return f"ops.reshape({e(x)}, {e.target_shape(node, shape)})"
-
-
-@op("aten.flatten.using_ints", "aten.unflatten.int")
-def reshape_to_value(e, node, x, *args):
-    return f"ops.reshape({e(x)}, {e.target_shape(node, list(e.value(node).shape))})"
 
 
 @op("aten.expand.default")
@@ -80,7 +75,7 @@ def select(e, node, x, dim, index):
     return f"{e(x)}[{':, ' * e.dim(x, dim)}{e(index)}]"
 
 
-@op("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
+@op("aten.split.Tensor", "aten.split_with_sizes.default")
 def split(e, node, x, sizes, dim=0):
     dim = e.dim(x, dim)
     parts = tuple(int(part.shape[dim]) for part in e.value(node))

@@ -50,9 +50,10 @@ VLLM_MS_INLINE Vec multiply_add(const bf16 *w, const bf16 *x, Vec sum) {
 }
 #endif
 
-// acc[i][j] += rows[i][begin:end] . x[j][begin:end]; the range is whole steps.
+// acc[i][j] += rows[i][begin:end] . x[j][begin:end]; the range is whole steps. With `prefetch` the same places of the
+// rows `ahead` elements further are brought into the second-level cache.
 template <int NR, int MT, bool prefetch, class T, class X>
-VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end,
+VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end, int64_t ahead,
                                Vec (&acc)[NR][MT]) {
   const T *row[NR];
   const X *token[MT];
@@ -63,7 +64,7 @@ VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, in
   for (int64_t k = begin; k < end; k += Packed<T>::kStep) {
 #pragma GCC unroll 8
     for (int i = 0; i < NR; ++i) {
-      if (prefetch) __builtin_prefetch(reinterpret_cast<const char *>(row[i] + k) + 1024, 0, 3);
+      if (prefetch) __builtin_prefetch(row[i] + k + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int j = 0; j < MT; ++j) acc[i][j] = multiply_add(row[i] + k, token[j] + k, acc[i][j]);
     }
@@ -73,8 +74,30 @@ VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, in
 // out[i] = hsum(acc[i][column]), with hsum's order of addition.
 template <int NR, int MT>
 VLLM_MS_INLINE void reduce_rows(const Vec (&acc)[NR][MT], int column, float *out) {
+#if defined(__AVX512F__)
+  // All 8 rows at once: each round halves the lanes per row and puts two vectors' rows into one.
+  static_assert(NR == 8, "eight rows");
+  Vec s[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec a = acc[i][column], b = acc[i + 4][column];
+    s[i] = __builtin_shuffle(a, b, IVec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+           __builtin_shuffle(a, b, IVec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    s[i] = __builtin_shuffle(s[i], s[i + 2], IVec{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+           __builtin_shuffle(s[i], s[i + 2], IVec{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+  }
+  Vec sum = __builtin_shuffle(s[0], s[1], IVec{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
+            __builtin_shuffle(s[0], s[1], IVec{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+  sum += __builtin_shuffle(sum, IVec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  sum = __builtin_shuffle(sum, IVec{0, 2, 8, 10, 4, 6, 12, 14, 0, 2, 8, 10, 4, 6, 12, 14});
+  std::memcpy(out, &sum, NR * sizeof(float));
+#else
 #pragma GCC unroll 8
   for (int i = 0; i < NR; ++i) out[i] = hsum(acc[i][column]);
+#endif
 }
 
 }  // namespace VLLM_MS_ISA

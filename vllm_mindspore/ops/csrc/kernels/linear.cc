@@ -57,9 +57,11 @@ struct WeightTile {
   const T *rows[kTileRows];
   const T *tail_rows[kTileRows];
   int64_t whole, rest;  // elements in whole steps, and after them
+  int64_t next_tile;    // elements to the tile below
   alignas(64) T tails[kTileRows * kStep];
 
-  WeightTile(const T *weight, int64_t row, int64_t count, int64_t k) : whole(k / kStep * kStep), rest(k % kStep) {
+  WeightTile(const T *weight, int64_t row, int64_t count, int64_t k)
+      : whole(k / kStep * kStep), rest(k % kStep), next_tile(kTileRows * k) {
     if (rest != 0) std::memset(tails, 0, sizeof(tails));
     for (int i = 0; i < kTileRows; ++i) {
       rows[i] = weight + (row + min64(i, count - 1)) * k;
@@ -69,16 +71,17 @@ struct WeightTile {
   }
 };
 
-// One range of k of a weight tile, as the inner kernel reads it.
+// One range of k of a weight tile, as the inner kernel reads it: from the weights themselves or converted.
 template <class T>
 struct Panel {
   const T *const *rows;
   int64_t begin, end;
+  int64_t next_tile;  // distance to the weights of the next tile, to prefetch; 0: do not
   bool first, last;
 };
 
 // `MT` tokens from `token` on. Sums wait in `partial` between the panels of a tile: out is complete with the last.
-template <int MT, class T, class P, class X>
+template <int MT, bool prefetch, class T, class P, class X>
 VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, int64_t token,
                              float *partial, float *out) {
   constexpr int NR = rows_at_once(MT);
@@ -91,7 +94,7 @@ VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, c
 #pragma GCC unroll 8
       for (int j = 0; j < MT; ++j) acc[i][j] = panel.first ? zero() : load(saved + (j * kTileRows + i) * kLanes);
     }
-    accumulate<NR, MT, MT == 1>(panel.rows + row, first, x.stride, panel.begin, panel.end, acc);
+    accumulate<NR, MT, prefetch>(panel.rows + row, first, x.stride, panel.begin, panel.end, panel.next_tile, acc);
     if (!panel.last) {
 #pragma GCC unroll 8
       for (int i = 0; i < NR; ++i) {
@@ -101,24 +104,35 @@ VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, c
       continue;
     }
     if (tile.rest != 0) {
-      accumulate<NR, MT, false>(tile.tail_rows + row, first + tile.whole, x.stride, 0, WeightTile<T>::kStep, acc);
+      accumulate<NR, MT, false>(tile.tail_rows + row, first + tile.whole, x.stride, 0, WeightTile<T>::kStep, 0, acc);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < MT; ++j) reduce_rows(acc, j, out + (token + j) * kBlock + row);
   }
 }
 
+// The next 3, 2 or 1 tokens; returns how many. 4 are better served as 2 + 2 than as 3 + 1.
+template <bool prefetch, class T, class P, class X>
+VLLM_MS_INLINE int64_t run_tokens(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x,
+                                  int64_t token, float *partial, float *out) {
+  const int64_t left = x.tokens - token;
+  if (left == 3 || left > 4) {
+    run_tile<3, prefetch>(tile, panel, x, token, partial, out);
+    return 3;
+  }
+  if (left >= 2) {
+    run_tile<2, prefetch>(tile, panel, x, token, partial, out);
+    return 2;
+  }
+  run_tile<1, prefetch>(tile, panel, x, token, partial, out);
+  return 1;
+}
+
 template <class T, class P, class X>
 void run_panel(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, float *partial,
                float *out) {
-  int64_t token = 0;
-  // 4 tokens are better served as 2 + 2 than as 3 + 1
-  while (x.tokens - token >= kTileTokens && x.tokens - token != 4) {
-    run_tile<kTileTokens>(tile, panel, x, token, partial, out);
-    token += kTileTokens;
-  }
-  for (; x.tokens - token >= 2; token += 2) run_tile<2>(tile, panel, x, token, partial, out);
-  if (token < x.tokens) run_tile<1>(tile, panel, x, token, partial, out);
+  int64_t token = panel.next_tile != 0 ? run_tokens<true>(tile, panel, x, 0, partial, out) : 0;
+  while (token < x.tokens) token += run_tokens<false>(tile, panel, x, token, partial, out);
 }
 
 // out[t * kBlock + i] = row i of the tile times token t.
@@ -127,7 +141,7 @@ void multiply_tile(const WeightTile<T> &tile, const PackedTokens<X> &x, float *p
   constexpr bool converted = !std::is_same<T, float>::value && std::is_same<X, float>::value;
   constexpr int64_t kPanel = kPanelBytes / kTileRows / sizeof(X);
   if (x.tokens < kPanelTokens || (!converted && tile.whole <= kPanel)) {
-    run_panel(tile, Panel<T>{tile.rows, 0, tile.whole, true, true}, x, partial, out);
+    run_panel(tile, Panel<T>{tile.rows, 0, tile.whole, tile.next_tile, true, true}, x, partial, out);
     return;
   }
   alignas(64) float panel[converted ? kTileRows * kPanel : 1];
@@ -138,12 +152,15 @@ void multiply_tile(const WeightTile<T> &tile, const PackedTokens<X> &x, float *p
       const float *rows[kTileRows];
       for (int i = 0; i < kTileRows; ++i) {
         float *row = panel + i * kPanel;
-        for (int64_t k = begin; k < end; k += kLanes) store(row + k - begin, load(tile.rows[i] + k));
+        for (int64_t k = begin; k < end; k += kLanes) {
+          __builtin_prefetch(tile.rows[i] + k + tile.next_tile, 0, 2);
+          store(row + k - begin, load(tile.rows[i] + k));
+        }
         rows[i] = row - begin;
       }
-      run_panel(tile, Panel<float>{rows, begin, end, begin == 0, last}, x, partial, out);
+      run_panel(tile, Panel<float>{rows, begin, end, 0, begin == 0, last}, x, partial, out);
     } else {
-      run_panel(tile, Panel<T>{tile.rows, begin, end, begin == 0, last}, x, partial, out);
+      run_panel(tile, Panel<T>{tile.rows, begin, end, tile.next_tile, begin == 0, last}, x, partial, out);
     }
   }
 }

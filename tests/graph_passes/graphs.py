@@ -1,0 +1,41 @@
+"""Small FX graphs of our operators, made from Python functions, and what they consist of."""
+
+from collections import Counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vllm_mindspore.compiler.capture import Capture, CapturedGraph
+from vllm_mindspore.compiler.legalize import legalize, operator_name
+from vllm_mindspore.ops import registry
+
+registry.define_all()
+own = torch.ops.vllm_ms
+
+
+def captured(function, **shapes: tuple[int, ...]) -> CapturedGraph:
+    """`function` of float32 tensors with the given shapes, captured and legalized; a first size of 7 is symbolic."""
+    capture = Capture("test")
+    for name, shape in shapes.items():
+        kind = "tensor" if 7 in shape else "weight"
+        capture.add_input(kind, name, shape, torch.float32, dynamic=(0,) if kind == "tensor" else ())
+    graph = capture.trace(lambda tensors: function(*tensors))
+    legalize(graph)
+    return graph
+
+
+def operators(graph: torch.fx.Graph) -> dict[str, int]:
+    """How often each operator occurs."""
+    return dict(Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function"))
+
+
+def traced(function, *tensors: torch.Tensor) -> torch.fx.Graph:
+    """`function` of tensors of exactly these shapes and types as an FX graph, not legalized."""
+    with FakeTensorMode() as mode:
+        return make_fx(function)(*(mode.from_tensor(tensor) for tensor in tensors)).graph
+
+
+def linear(x, weight, bias=None, residual=None, activation=""):
+    """An unfused linear, as legalization writes it."""
+    return own.linear(x, weight, bias, residual, None, None, "", 0.0, 0.0, activation)
