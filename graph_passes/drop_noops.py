@@ -1,12 +1,12 @@
 """Drop nodes that change nothing.
 
-    reshape(reshape(x, a), b)   →  reshape(x, b)
-    reshape(x, x.shape)   →  x
-    expand(x, x.shape)    →  x
-    slice(x, 0, all)      →  x
-    slice(slice_scatter(x, y, d, a, b), d, a, b)   →  y
-    x * 1, x / 1, x + 0   →  x
-    to(x, x.dtype)        →  x
+reshape(reshape(x, a), b)   →  reshape(x, b)
+reshape(x, x.shape)   →  x
+expand(x, x.shape)    →  x
+slice(x, 0, all)      →  x
+slice(slice_scatter(x, y, d, a, b), d, a, b)   →  y
+x * 1, x / 1, x + 0   →  x
+to(x, x.dtype)        →  x
 """
 
 import sys

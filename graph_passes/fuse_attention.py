@@ -1,10 +1,10 @@
 """Rotary embedding, KV-cache write and attention as one operator that reads the merged q, k, v projection.
 
-    q, k, v = split(qkv)                          (views between the steps are looked through)
-    q, k = rms_norm(q), rms_norm(k)               optional: per head, or over all heads
-    q, k = rotary(positions, q), rotary(…, k)     optional
-    kv_write(kv_cache, k, v, slot_mapping)
-    paged_attention(q, kv_cache, …)               →   qkv_attention(qkv, positions, …, kv_cache, …)
+q, k, v = split(qkv)                          (views between the steps are looked through)
+q, k = rms_norm(q), rms_norm(k)               optional: per head, or over all heads
+q, k = rotary(positions, q), rotary(…, k)     optional
+kv_write(kv_cache, k, v, slot_mapping)
+paged_attention(q, kv_cache, …)               →   qkv_attention(qkv, positions, …, kv_cache, …)
 """
 
 import operator as python_operator

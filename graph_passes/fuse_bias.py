@@ -1,6 +1,6 @@
 """Fold a bias that the model adds by itself into the linear before it.
 
-    binary(linear(x, W), b, "add"), b a vector of outputs   →   linear(x, W, bias=b)
+binary(linear(x, W), b, "add"), b a vector of outputs   →   linear(x, W, bias=b)
 """
 
 from torch.fx import Graph, Node

@@ -1,6 +1,6 @@
 """Add the residual stream where the linear before it writes its result.
 
-    binary(linear(x, W), residual, "add")   →   linear(x, W, residual=residual)
+binary(linear(x, W), residual, "add")   →   linear(x, W, residual=residual)
 """
 
 from torch.fx import Graph

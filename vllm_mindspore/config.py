@@ -50,7 +50,12 @@ def _refuse_options(vllm_config) -> None:
         ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
         ("--speculative-config", vllm_config.speculative_config, "plain decoding", "Leave the option out."),
         ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", "Leave the option out."),
-        ("--quantization", vllm_config.quant_config, "unquantized bf16, fp16 and fp32 weights", "Use such a checkpoint."),
+        (
+            "--quantization",
+            vllm_config.quant_config,
+            "unquantized bf16, fp16 and fp32 weights",
+            "Use such a checkpoint.",
+        ),
     )
     for option, value, supported, advice in refused:
         if value is not None:
@@ -102,7 +107,9 @@ def _update(vllm_config) -> None:
     vllm_config.parallel_config.disable_custom_all_reduce = True
     compilation = vllm_config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):
-        logger.debug("compilation mode %s: torch.compile is replaced by the capture of one MindSpore graph", compilation.mode)
+        logger.debug(
+            "compilation mode %s: torch.compile is replaced by the capture of one MindSpore graph", compilation.mode
+        )
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.cudagraph_capture_sizes = []

@@ -13,7 +13,7 @@ BACKEND_VARIABLE = "VLLM_MS_BACKEND"
 # name -> what it does. One line each: `vllm-mindspore env` and docs/configuration.md print this table.
 ENVIRONMENT = {
     BACKEND_VARIABLE: "backend that runs the model, as --backend; supported: mindspore",
-    "VLLM_MS_CACHE_DIR": "directory of compiled graphs (default: $XDG_CACHE_HOME/vllm_mindspore or ~/.cache/vllm_mindspore)",
+    "VLLM_MS_CACHE_DIR": "directory of compiled graphs (default: vllm_mindspore in $XDG_CACHE_HOME or ~/.cache)",
     "VLLM_MS_DISABLE_CACHE": "1: neither read nor write the cache of compiled graphs",
     "VLLM_MS_DISABLE_PASSES": "comma-separated names of graph passes to leave out (see `vllm-mindspore inspect`)",
     "VLLM_MS_NUM_THREADS": "threads of the CPU operators (default: CPUs this process may run on)",
@@ -58,7 +58,7 @@ class _BackendAction(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--backend` to one of vLLM's parsers (serve, run-batch, bench latency; a YAML --config goes through it too)."""
+    """Add `--backend` to one of vLLM's parsers (serve, run-batch, bench …; a YAML --config goes through it too)."""
     try:
         parser.add_argument_group("MindSpore").add_argument(
             "--backend",

@@ -44,7 +44,7 @@ def _accelerator_host_cache() -> None:
 PATCHES = [
     Patch(
         "torch.accelerator.empty_cache",
-        "vLLM calls it at model load and shutdown on every platform but its own CPU one; it raises without an accelerator",
+        "vLLM calls it at model load and shutdown on all platforms but its own CPU one; it needs an accelerator",
         "a Platform.empty_cache() method in vLLM",
         _accelerator_cache,
     ),

@@ -16,18 +16,23 @@ DEFAULT_ENVIRONMENT = {
 }
 
 
-def register_platform() -> str | None:
-    """Name the platform class, unless another `--backend` was chosen.
+def register_platform() -> str:
+    """Name the platform class: this package being installed chooses MindSpore.
 
     Raises:
-        RuntimeError: an installed package's version cannot work (says which, what is supported and how to fix it).
+        SystemExit: an installed package's version cannot work, or `VLLM_MS_BACKEND` names no backend of ours. vLLM
+            swallows ordinary exceptions of this function and would go on without a platform.
     """
-    from vllm_mindspore import compat, options
+    from vllm_mindspore import compat, options, sockets
 
-    compat.require_supported_environment()
+    try:
+        compat.require_supported_environment()
+        options.backend_from_environment()
+    except (compat.UnsupportedEnvironmentError, options.UnknownBackendError) as error:
+        raise SystemExit(str(error)) from None
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options.backend_from_environment()
+    sockets.use_private_directory()
     return PLATFORM
 
 

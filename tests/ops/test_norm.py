@@ -60,6 +60,13 @@ def test_one_graph_serves_every_token_count():
         assert relative_error(graph(tensor(x), tensor(weight, "bfloat16")), expected) < 2e-6
 
 
+def test_views_are_read_as_what_they_show():
+    op = registry.build("rms_norm", "cpu", (), eps=EPS, offset=0.0)
+    x = random(6, 10)
+    for view in (lambda t: t[:, 3:9], lambda t: t.T, lambda t: t[::2]):
+        assert relative_error(op(view(tensor(x))), normalise(view(x).astype(np.float64), "rms", EPS)) < 2e-6
+
+
 def test_primitives_of_one_operator_keep_their_own_attributes():
     x = tensor(random(2, 8))
     first = registry.build("rms_norm", "cpu", (), eps=1e-6, offset=0.0)

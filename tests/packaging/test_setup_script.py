@@ -100,7 +100,7 @@ def test_second_run_waits_for_the_first(checkout):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_set_up_from_nothing_survives_being_killed_at_any_step(tmp_path):
+def test_set_up_from_nothing_survives_being_killed_again_and_again(tmp_path):
     checkout = tmp_path / "checkout"
     skipped = shutil.ignore_patterns(".git", ".venv", "build", "lib", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=skipped)

@@ -19,7 +19,9 @@ def run(args: argparse.Namespace) -> int:
     registry.define_all()
     rewritten = sorted({legalize.operator_name(target) for target in legalize.RULES})
     own = {name: _devices(operator) for name, operator in sorted(registry.OPERATORS.items())}
-    mapped = {name: "MindSpore functions" for name in sorted(TABLE)} | dict.fromkeys(rewritten, "operators of the library")
+    mapped = {name: "MindSpore functions" for name in sorted(TABLE)} | dict.fromkeys(
+        rewritten, "operators of the library"
+    )
     if args.json:
         print(json.dumps({"torch": mapped, "library": own}, indent=1))
         return 0

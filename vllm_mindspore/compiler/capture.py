@@ -63,13 +63,17 @@ class Capture:
         self.inputs: list[GraphInput] = []
         self.fakes: list[torch.Tensor] = []
 
-    def add_input(self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...] = ()):
+    def add_input(
+        self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...] = ()
+    ):
         """Add a placeholder; `dynamic` are the dimensions whose size is a symbol (equal sizes share one)."""
         example = torch.empty(shape, dtype=dtype, device="meta")
         sizes = [DimDynamic.DUCK if dim in dynamic else DimDynamic.STATIC for dim in range(len(shape))]
         context = StatelessSymbolicContext(dynamic_sizes=sizes)
         with self.fake_mode:
-            fake = self.fake_mode.from_tensor(example, static_shapes=not dynamic, symbolic_context=context if dynamic else None)
+            fake = self.fake_mode.from_tensor(
+                example, static_shapes=not dynamic, symbolic_context=context if dynamic else None
+            )
             fake = _on_cpu(fake)
         self.inputs.append(GraphInput(kind, name))
         self.fakes.append(fake)
@@ -99,12 +103,16 @@ class Capture:
         try:
             with self.fake_mode, torch.no_grad():
                 module = make_fx(
-                    functional, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True, decomposition_table={}
+                    functional,
+                    pre_dispatch=True,
+                    tracing_mode="real",
+                    _allow_non_fake_inputs=True,
+                    decomposition_table={},
                 )(*self.fakes)
         except Exception as error:
             raise CaptureError(
-                f"capturing {self.name}: {type(error).__name__}: {error}. The MindSpore backend captures models whose "
-                "forward does not depend on tensor values and works for any number of tokens."
+                f"capturing {self.name}: {type(error).__name__}: {str(error).splitlines()[0]} The MindSpore backend "
+                "captures models whose forward does not depend on tensor values and works for any number of tokens."
             ) from error
         finally:
             torch.set_default_dtype(default_dtype)

@@ -56,9 +56,7 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     require_mapped(captured)
     _use_unknown_sizes(captured)
     inputs = captured.placeholders
-    stored_nodes = {
-        node: stored[item.name] for node, item in inputs.items() if item.kind in ("weight", "constant")
-    }
+    stored_nodes = {node: stored[item.name] for node, item in inputs.items() if item.kind in ("weight", "constant")}
     before, layers, after = find_layers(captured, stored_nodes)
     writer = _NetworkWriter(captured, stored_nodes)
     classes = writer.layer_classes(layers)
@@ -258,7 +256,8 @@ class _NetworkWriter:
         for node in layer.results:
             block.names[node] = block.fresh("hidden_states")
             names.append(block.names[node])
-        block.body.append(f"{', '.join(names)} = self.{attribute}({operands}){self.comment(layer.results[0]) if len(names) == 1 else ''}")
+        comment = self.comment(layer.results[0]) if len(names) == 1 else ""
+        block.body.append(f"{', '.join(names)} = self.{attribute}({operands}){comment}")
 
     def _belongs(self, weight: Node, layer: Segment) -> bool:
         match = LAYER_INDEX.match(self.inputs[weight].name)

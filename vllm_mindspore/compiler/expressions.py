@@ -44,7 +44,11 @@ def is_own(node: Node) -> bool:
 
 def is_mapped(node: Node) -> bool:
     """Whether the node can be written."""
-    return is_own(node) or operator_name(node.target) in TABLE or operator_name(node.target) in {*PYTHON_OPERATORS, "getitem"}
+    return (
+        is_own(node)
+        or operator_name(node.target) in TABLE
+        or operator_name(node.target) in {*PYTHON_OPERATORS, "getitem"}
+    )
 
 
 def require_mapped(captured: CapturedGraph) -> None:
@@ -90,7 +94,12 @@ class ExpressionWriter:
         """The operand as `dtype`, with a cast only where its type differs."""
         if self.is_tensor(operand) and MS_DTYPES[value(operand).dtype] != MS_DTYPES[dtype]:
             return f"ops.cast({self(operand)}, {MS_DTYPES[dtype]})"
-        if not isinstance(operand, Node) and dtype in FLOATS and isinstance(operand, int) and not isinstance(operand, bool):
+        if (
+            not isinstance(operand, Node)
+            and dtype in FLOATS
+            and isinstance(operand, int)
+            and not isinstance(operand, bool)
+        ):
             return self(float(operand))
         return self(operand)
 
@@ -101,7 +110,9 @@ class ExpressionWriter:
 
     def target_shape(self, node: Node, shape) -> str:
         """A shape to reshape to: -1 stands for the one size that is not a constant."""
-        sizes = [size if isinstance(size, int) else result for size, result in zip(shape, value(node).shape, strict=True)]
+        sizes = [
+            size if isinstance(size, int) else result for size, result in zip(shape, value(node).shape, strict=True)
+        ]
         unknown = [size for size in sizes if not isinstance(size, int) or size == -1]
         if len(unknown) <= 1:
             return self(tuple(size if isinstance(size, int) else -1 for size in sizes))

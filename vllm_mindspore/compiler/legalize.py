@@ -148,7 +148,11 @@ def _copy(graph, node):
 
 
 def _weight_of_transpose(node) -> Node | None:
-    if isinstance(node, Node) and node.target in (aten.t.default, aten.transpose.int) and node.args[1:] in ((), (0, 1), (1, 0)):
+    if (
+        isinstance(node, Node)
+        and node.target in (aten.t.default, aten.transpose.int)
+        and node.args[1:] in ((), (0, 1), (1, 0))
+    ):
         return node.args[0]
     return None
 
@@ -240,7 +244,9 @@ def _replace_add_norm(graph, node, x, residual, weight, epsilon, variance_size):
 def _replace_results(graph, node, results: list[Node | None]) -> None:
     for user in list(node.users):
         if user.target is not operator.getitem or user.args[1] >= len(results) or results[user.args[1]] is None:
-            raise LegalizationError(f"unexpected use of a multi-result operator: {user.format_node()} of {node.format_node()}")
+            raise LegalizationError(
+                f"unexpected use of a multi-result operator: {user.format_node()} of {node.format_node()}"
+            )
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
 
@@ -249,7 +255,12 @@ def _replace_results(graph, node, results: list[Node | None]) -> None:
 def _auto_functionalized(graph, node):
     target, arguments = node.args[0], _original_arguments(node)
     if target is torch.ops.vllm_ir.fused_add_rms_norm.maybe_inplace:
-        _replace_add_norm(graph, node, *(arguments[name] for name in ("x", "x_residual", "weight", "epsilon")), arguments.get("variance_size"))
+        _replace_add_norm(
+            graph,
+            node,
+            *(arguments[name] for name in ("x", "x_residual", "weight", "epsilon")),
+            arguments.get("variance_size"),
+        )
         return None
     schema = target._schema
     inner = graph.call_function(target, tuple(arguments[argument.name] for argument in schema.arguments))
@@ -297,7 +308,11 @@ def _layer_norm(graph, node):
 
 def _activation(name: str) -> Rule:
     def rewrite(graph, node):
-        return call(graph, torch.ops.vllm_ms.activation.default, node.args[0], name) if is_float_tensor(node.args[0]) else None
+        return (
+            call(graph, torch.ops.vllm_ms.activation.default, node.args[0], name)
+            if is_float_tensor(node.args[0])
+            else None
+        )
 
     return rewrite
 

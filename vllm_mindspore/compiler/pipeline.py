@@ -172,7 +172,9 @@ class Compiler:
         }
         (self.entry.path / GRAPHS_FILE).write_text(json.dumps(graphs, indent=1))
         if self.constants:
-            save_file({name: value.contiguous() for name, value in self.constants.items()}, self.entry.path / CONSTANTS_FILE)
+            save_file(
+                {name: value.contiguous() for name, value in self.constants.items()}, self.entry.path / CONSTANTS_FILE
+            )
 
     def _load(self) -> None:
         for name, graph in json.loads((self.entry.path / GRAPHS_FILE).read_text()).items():
@@ -189,4 +191,3 @@ class Compiler:
 
 def _summary(reports: list[PassReport]) -> str:
     return ", ".join(f"{report.name} {report.matches}" for report in reports) or "no passes"
-

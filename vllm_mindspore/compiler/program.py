@@ -63,9 +63,12 @@ class Program:
             raise KeyError(f"graph {emitted.name}: the model has no weights {missing}")
         self.emitted, self.path, self.eager = emitted, path, eager
         self.counters = Counters()
-        parameters = {item.name: shared_parameter(weights[item.name].contiguous(), item.name) for item in emitted.weights}
+        parameters = {
+            item.name: shared_parameter(weights[item.name].contiguous(), item.name) for item in emitted.weights
+        }
         self.shared = {
-            item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr() for item in emitted.weights
+            item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr()
+            for item in emitted.weights
         }
         self.network = load_module(path).Network(parameters)
         self.network.set_train(False)

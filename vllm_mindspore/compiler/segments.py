@@ -46,7 +46,9 @@ class WeightNames:
         return (match["suffix"], True) if own else (name, False)
 
 
-def find_layers(captured: CapturedGraph, stored: dict[Node, torch.dtype]) -> tuple[list[Node], list[Segment], list[Node]]:
+def find_layers(
+    captured: CapturedGraph, stored: dict[Node, torch.dtype]
+) -> tuple[list[Node], list[Segment], list[Node]]:
     """(nodes before the first layer, layers, nodes after the last); no layers when nothing repeats."""
     inputs = captured.placeholders
     nodes = [node for node in captured.module.graph.nodes if node.op == "call_function"]

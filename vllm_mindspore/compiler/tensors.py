@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+
 def to_mindspore(tensor: torch.Tensor):
     """A MindSpore tensor on the memory of a contiguous torch CPU tensor.
 

@@ -11,7 +11,9 @@ from vllm_mindspore.worker.model_capture import attention_layers, cache_owner
 def specs_of_model(vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
     """The KV cache specification of every attention layer that has a cache of its own."""
     layers = attention_layers(vllm_config)
-    owners: dict[str, AttentionLayerBase] = {name: layer for name, layer in layers.items() if cache_owner(name, layers) == name}
+    owners: dict[str, AttentionLayerBase] = {
+        name: layer for name, layer in layers.items() if cache_owner(name, layers) == name
+    }
     return {name: layer.get_kv_cache_spec(vllm_config) for name, layer in owners.items()}
 
 

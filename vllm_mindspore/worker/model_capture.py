@@ -54,7 +54,7 @@ def cache_owner(layer_name: str, layers: dict[str, Attention]) -> str:
 
 
 def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> CapturedGraph:
-    """input_ids [num_tokens] int32, positions [num_tokens] int64, attention inputs → hidden states [num_tokens, hidden].
+    """input_ids [num_tokens] int32, positions [num_tokens] int64, attention inputs → [num_tokens, hidden] float32.
 
     Every attention layer gets a slot mapping and a block table of its own; `bind_kv_groups` merges those of one group
     once vLLM has formed its KV cache groups.
@@ -82,7 +82,9 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
         for name, layer in layers.items():
             owner = cache_owner(name, layers)
             metadata[name] = GraphAttentionMetadata(
-                tensor("block_table", owner), tensor("tensor", "query_start_loc"), tensor("tensor", "seq_lens"),
+                tensor("block_table", owner),
+                tensor("tensor", "query_start_loc"),
+                tensor("tensor", "seq_lens"),
                 vllm_config.cache_config.block_size,
             )
             slot_mapping[name] = tensor("slot_mapping", owner)

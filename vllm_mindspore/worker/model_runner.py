@@ -56,12 +56,17 @@ class MindSporeModelRunner(CPUModelRunner):
         begin = time.perf_counter()
         self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.model_config)
         logger.info(
-            "model loaded in %.1f s (%.1f s of it capture and lowering)", time.perf_counter() - begin, self.compile_seconds
+            "model loaded in %.1f s (%.1f s of it capture and lowering)",
+            time.perf_counter() - begin,
+            self.compile_seconds,
         )
 
     def _prepare_graphs(self, model: torch.nn.Module) -> None:
         begin = time.perf_counter()
-        groups = [KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size) for group in kv_groups.of_model(self.vllm_config)]
+        groups = [
+            KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size)
+            for group in kv_groups.of_model(self.vllm_config)
+        ]
         self.compiler = Compiler(
             facts.of_model(model, self.vllm_config),
             facts.weights_of(model),
@@ -98,9 +103,7 @@ class MindSporeModelRunner(CPUModelRunner):
         self.compiler.close()
         self._cleanup_profiling_kv_cache()
         self.compile_seconds += time.perf_counter() - begin
-        logger.info(
-            "graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin
-        )
+        logger.info("graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin)
 
     def _initialize_small_kv_cache(self) -> None:
         groups = kv_groups.of_model(self.vllm_config)
@@ -114,12 +117,16 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def initialize_kv_cache_tensors(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context=None):
         caches = super().initialize_kv_cache_tensors(kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
-        groups = [KVGroup(tuple(g.layer_names), size) for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)]
+        groups = [
+            KVGroup(tuple(g.layer_names), size)
+            for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)
+        ]
         if [set(g.layers) for g in groups] != [set(g.layers) for g in self.compiler.groups] or any(
             a.block_size != b.block_size for a, b in zip(groups, self.compiler.groups, strict=True)
         ):
             raise RuntimeError(
-                f"the engine's KV cache groups {groups} differ from those the graphs were compiled for, {self.compiler.groups}"
+                f"the engine's KV cache groups {groups} differ from those the graphs were compiled for, "
+                f"{self.compiler.groups}"
             )
         self.step.bind_kv_caches(caches)
         return caches
@@ -162,4 +169,3 @@ class MindSporeModelRunner(CPUModelRunner):
         """Release weights, KV caches and graphs."""
         self.step = None
         super().shutdown()
-

@@ -11,10 +11,12 @@ import torch
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.logger import init_logger
 
+from vllm_mindspore import sockets
+
 logger = init_logger("vllm.vllm_mindspore.process")
 
 VLLM_PROCESSES = ("EngineCore", "VllmWorker")
-SECONDS_TO_EXIT = 10
+SECONDS_TO_EXIT = 5
 
 
 def join_groups(parallel_config, rank: int, local_rank: int, init_method: str) -> None:
@@ -22,9 +24,7 @@ def join_groups(parallel_config, rank: int, local_rank: int, init_method: str) -
     if parallel_config.world_size == 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
     init_distributed_environment(parallel_config.world_size, rank, init_method, local_rank, "gloo")
-    ensure_model_parallel_initialized(
-        parallel_config.tensor_parallel_size, parallel_config.pipeline_parallel_size
-    )
+    ensure_model_parallel_initialized(parallel_config.tensor_parallel_size, parallel_config.pipeline_parallel_size)
 
 
 def exit_with_parent() -> None:
@@ -39,6 +39,7 @@ def exit_with_parent() -> None:
     def watch() -> None:
         wait([parent.sentinel])
         logger.warning("process %d, which started this one, is gone: exiting", parent.pid)
+        sockets.remove_directory_of(parent.pid)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_EXIT)
         os._exit(1)

@@ -42,12 +42,15 @@ class ModelStep:
             rows = cache.permute(0, 2, 1, 3)
             if not rows.is_contiguous():
                 raise ValueError(
-                    f"KV cache of layer {name}: shape {tuple(cache.shape)}, stride {cache.stride()} is not LBNHC in one piece"
+                    f"KV cache of layer {name}: shape {tuple(cache.shape)}, stride {cache.stride()} is not LBNHC "
+                    "in one piece"
                 )
             self.kv_caches[name] = to_mindspore(rows.view(-1, *rows.shape[2:]))
         if self.model.counters.calls == 0:
             types = {name: cache.dtype for name, cache in kv_caches.items()}
-            self.model.compile([self._input_signature(item, types) for item in self.model.emitted.inputs], self._cached_files)
+            self.model.compile(
+                [self._input_signature(item, types) for item in self.model.emitted.inputs], self._cached_files
+            )
 
     def _input_signature(self, item: GraphInput, types: dict[str, torch.dtype]):
         if item.kind == "kv_cache":
@@ -71,7 +74,9 @@ class ModelStep:
             "query_start_loc": common.query_start_loc,
             "seq_lens": common.seq_lens,
         }
-        inputs = [self._input(item, values, metadata, context.slot_mapping, common) for item in self.model.emitted.inputs]
+        inputs = [
+            self._input(item, values, metadata, context.slot_mapping, common) for item in self.model.emitted.inputs
+        ]
         return to_torch(self.model(inputs))
 
     def _input(self, item: GraphInput, values, metadata, slots, common):

@@ -52,7 +52,10 @@ class MindSporeWorker(WorkerBase):
         size = memory.kv_cache_bytes(self.cache_config, one, one * (self.scheduler_config.max_num_seqs + 1))
         logger.info(
             "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
-            *(format_gib(n) for n in (size, memory.resident_memory(), memory.available_memory(), memory.total_memory())),
+            *(
+                format_gib(n)
+                for n in (size, memory.resident_memory(), memory.available_memory(), memory.total_memory())
+            ),
         )
         return size
 
@@ -96,7 +99,7 @@ class MindSporeWorker(WorkerBase):
         return self.model_runner.get_encoder_timing_stats()
 
     def graph_statistics(self) -> dict[str, object]:
-        """Counts of this process's graphs (compiles, calls, cache hits, matched patterns); read through collective_rpc."""
+        """Counts of this process's graphs (compiles, loads, calls, matches), for `LLM.collective_rpc`."""
         return self.model_runner.graph_statistics()
 
     def synchronize_device(self) -> None:

@@ -134,3 +134,20 @@ TEST(scratch_is_reused_and_aligned) {
   reused = c.as<void>() == first || d.as<void>() == first;
   CHECK(reused) << "a returned buffer was not used again";
 }
+
+TEST(scratch_keeps_little_memory) {
+  const auto resident = [] {
+    long pages = 0, ignored = 0;
+    std::FILE *file = std::fopen("/proc/self/statm", "r");
+    const bool read = std::fscanf(file, "%ld %ld", &ignored, &pages) == 2;
+    std::fclose(file);
+    return read ? pages * sysconf(_SC_PAGESIZE) : -1;
+  };
+  const long before = resident();
+  for (int64_t megabytes = 1; megabytes < 90; ++megabytes) {
+    const Scratch buffer(megabytes << 20);
+    std::memset(buffer.as<char>(), 1, megabytes << 20);
+  }
+  const long kept = (resident() - before) >> 20;
+  CHECK(before > 0 && kept < 70) << kept << " MB kept";
+}

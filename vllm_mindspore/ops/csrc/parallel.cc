@@ -182,9 +182,10 @@ struct FreeBuffer {
 
 // Everything the library keeps per process; a forked child, which has none of the threads, starts with a new one.
 struct State {
-  std::mutex mutex;  // guards the two below
+  std::mutex mutex;  // guards all below but `ready`
   Pool *pool = nullptr;
   std::vector<FreeBuffer> free_buffers;
+  int64_t free_bytes = 0;
   std::atomic<Pool *> ready{nullptr};
 };
 
@@ -211,7 +212,7 @@ Pool &pool() {
 }
 
 constexpr int64_t kScratchAlignment = 64;
-constexpr size_t kMaxFreeBuffers = 64;
+constexpr int64_t kMaxFreeBytes = 64 << 20;  // kept between operators
 
 }  // namespace
 
@@ -254,8 +255,8 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
     if (best != list.end()) {
       data_ = best->data;
       capacity_ = best->capacity;
-      *best = list.back();
-      list.pop_back();
+      s.free_bytes -= capacity_;
+      list.erase(best);
       return;
     }
   }
@@ -266,17 +267,19 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
 
 Scratch::~Scratch() {
   State &s = process_state();
-  FreeBuffer evicted{nullptr, 0};
+  std::vector<void *> evicted;
   {
     std::lock_guard<std::mutex> lock(s.mutex);
-    if (s.free_buffers.size() >= kMaxFreeBuffers) {
-      evicted = s.free_buffers.front();
-      s.free_buffers.front() = s.free_buffers.back();
-      s.free_buffers.pop_back();
+    auto &list = s.free_buffers;
+    list.push_back({data_, capacity_});
+    s.free_bytes += capacity_;
+    while (s.free_bytes > kMaxFreeBytes) {  // the longest unused first
+      evicted.push_back(list.front().data);
+      s.free_bytes -= list.front().capacity;
+      list.erase(list.begin());
     }
-    s.free_buffers.push_back({data_, capacity_});
   }
-  std::free(evicted.data);
+  for (void *data : evicted) std::free(data);
 }
 
 }  // namespace vllm_ms

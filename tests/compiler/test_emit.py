@@ -1,0 +1,70 @@
+"""The emitted network: repeated layers once, one graph for every token count, and the same numbers as PyTorch."""
+
+import pytest
+import torch
+
+from vllm_mindspore.compiler import program
+
+from .networks import lowered, run
+
+torch.manual_seed(0)
+
+
+def stack(kinds: str, size: int = 6) -> tuple:
+    """A model of layers, one letter each ("a": relu, "b": silu), and its weights named as vLLM would name them."""
+    weights = {f"layers.{i}.mlp.weight": torch.randn(size, size) for i in range(len(kinds))}
+    weights |= {"norm.weight": torch.randn(size)}
+
+    def model(x, **w):
+        for i, kind in enumerate(kinds):
+            y = torch.nn.functional.linear(x, w[f"layers.{i}.mlp.weight"])
+            x = x + (torch.relu(y) if kind == "a" else torch.nn.functional.silu(y))
+        return torch.nn.functional.layer_norm(x, (size,), w["norm.weight"])
+
+    return model, weights
+
+
+@pytest.mark.parametrize(("kinds", "classes"), [("aaaa", 1), ("abab", 2), ("a", 0), ("ab", 2), ("aab", 2)])
+def test_each_kind_of_layer_is_written_once(kinds, classes):
+    model, weights = stack(kinds)
+    emitted, _ = lowered(model, [torch.randn(5, 6)], weights, passes=True)
+    assert emitted.layer_classes == classes
+    assert emitted.source.count("class Layer") == classes
+
+
+def test_the_source_does_not_grow_with_the_number_of_layers_but_by_two_lines():
+    sizes = [len(lowered(*_arguments(kinds), passes=True)[0].source.splitlines()) for kinds in ("a" * 4, "a" * 14)]
+    assert sizes[1] - sizes[0] == 2 * 10
+
+
+def _arguments(kinds):
+    model, weights = stack(kinds)
+    return model, [torch.randn(5, 6)], weights
+
+
+@pytest.mark.parametrize("kinds", ["aaaa", "abab", "a"])
+@pytest.mark.parametrize("eager", [True, False], ids=["PyNative", "graph"])
+def test_the_network_computes_what_the_model_computes(kinds, eager, tmp_path):
+    model, weights = stack(kinds)
+    x = torch.randn(9, 6)
+    found = run(tmp_path, model, x, weights=weights, eager=eager)
+    torch.testing.assert_close(found, model(x, **weights), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_weights_are_read_where_they_are(tmp_path):
+    model, weights = stack("ab")
+    halves = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    found = run(tmp_path, model, x := torch.randn(9, 6), weights=halves)
+    wanted = model(x, **{name: weight.float() for name, weight in halves.items()})
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_one_compile_serves_every_number_of_tokens(tmp_path):
+    model, weights = stack("aab")
+    x = torch.randn(300, 6)
+    before = program.compiled_graphs()
+    sizes = [1, 2, 300, 17, 64, 1]
+    found = run(tmp_path, model, x, weights=weights, eager=False, sizes=sizes)
+    assert program.compiled_graphs() - before == 1
+    for size, rows in zip(sizes, found, strict=True):
+        torch.testing.assert_close(rows, model(x[:size], **weights), rtol=1e-5, atol=1e-5)
