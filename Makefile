@@ -12,7 +12,7 @@ ARGS =
 
 export PYTHON VENV HOST PORT
 
-.PHONY: help serve test test-slow lint setup setup-test env clean
+.PHONY: help serve test test-slow support-table lint setup setup-test env clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 4
@@ -35,6 +35,9 @@ test: setup-test
 
 test-slow: setup-test
 	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)
+
+support-table: setup-test
+	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest tests/models/test_parity.py $(ARGS)
 
 lint: setup-test
 	@$(VENV)/bin/ruff check .
