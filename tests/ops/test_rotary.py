@@ -13,9 +13,7 @@ DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
 
 
 def run(positions, x, cos_sin, head_size, neox, dtype="float32"):
-    op = registry.build(
-        "rotary", "cpu", (), head_size=head_size, rotary_dim=cos_sin.shape[1], neox=neox
-    )
+    op = registry.build("rotary", "cpu", (), head_size=head_size, rotary_dim=cos_sin.shape[1], neox=neox)
     return op(ms.Tensor(positions), ms.Tensor(x), ms.Tensor(cos_sin).astype(DTYPES[dtype])).asnumpy()
 
 

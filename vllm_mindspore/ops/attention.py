@@ -66,8 +66,8 @@ def _check_qkv_attention(given, head_size, rotary_dim, norm, **attributes):
 
 OPERATORS = [
     Operator(
-        # key, value [T, num_kv_heads * head_size] or [T, num_kv_heads, head_size] f32; slot_mapping [T] int64, negative:
-        # the token is not written. A slot beyond the cache is an error; the others are written nevertheless.
+        # key, value [T, num_kv_heads * head_size] or [T, num_kv_heads, head_size] f32; slot_mapping [T] int64, where
+        # a negative slot skips the token. A slot beyond the cache is an error; the others are written nevertheless.
         name="kv_write",
         schema=Schema.parse("(Tensor(a!) kv_cache, Tensor key, Tensor value, Tensor slot_mapping) -> ()"),
         fake=_kv_write_fake,
@@ -76,21 +76,21 @@ OPERATORS = [
     ),
     Operator(
         # query [T, num_heads * head_size] or [T, num_heads, head_size] f32; block_table [R, B] int32;
-        # query_start_loc [R + 1] int32; seq_lens [R] int32, this step's tokens included; sinks, alibi_slopes [num_heads].
+        # query_start_loc [R + 1] int32; seq_lens [R] int32, with this step's tokens; sinks, alibi_slopes [num_heads].
         # Result [T, num_heads * head_size] f32, causal, zeros for tokens of no request:
         #   logit(k) = soft_cap * tanh(scale * q.k / soft_cap) + alibi_slope * (kpos - qpos), for kpos <= qpos and, with
         #   a sliding window, kpos > qpos - sliding_window; softmax over the logits and, if given, the head's sink.
         name="paged_attention",
         schema=Schema.parse(
-            "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor? sinks, "
-            "Tensor? alibi_slopes, int num_heads, int num_kv_heads, int head_size, float scale, int block_size, "
-            "int sliding_window, float soft_cap) -> Tensor"
+            "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
+            "Tensor? sinks, Tensor? alibi_slopes, int num_heads, int num_kv_heads, int head_size, float scale, "
+            "int block_size, int sliding_window, float soft_cap) -> Tensor"
         ),
         fake=_paged_attention_fake,
         cpu="PagedAttention",
         ascend=ascend_cell("PagedAttention"),
         check=_check_attention,
-        ordered=True,  # otherwise MindSpore merges calls around a kv_write, or copies the whole cache before it
+        ordered=True,  # or MindSpore merges calls around a kv_write, or copies the whole cache before it
     ),
     Operator(
         # qkv [T, (num_heads + 2 * num_kv_heads) * head_size] f32 = queries, keys, values. Norms queries and keys

@@ -1,4 +1,4 @@
-"""Rotary, KV cache and attention on Ascend: cells of MindSpore's own primitives. Checked by export, never run by our tests.
+"""Rotary, KV cache and attention on Ascend: cells of MindSpore's primitives. Checked by export, never run by our tests.
 
 Our cache keeps the key and the value of a slot side by side, MindSpore's primitives want them as two tensors. So a row
 of 2 * head_size is written as one long key, and attention runs with queries extended by zeros against that row as both
@@ -85,7 +85,8 @@ class PagedAttention(nn.Cell):
         }
         for name, value in used.items():
             if value:
-                raise UnsupportedOperator(f"attention on ascend: {name} has no counterpart in MindSpore's PagedAttention")
+                message = f"attention on ascend: {name} has no counterpart in MindSpore's PagedAttention"
+                raise UnsupportedOperator(message)
         self.num_heads = num_heads
         self.head_size = head_size
         self.block_size = block_size

@@ -107,7 +107,8 @@ struct Step {
     const int64_t kv_head = head / (o.num_heads / o.num_kv_heads);
     const int64_t row = (slot(request, key) * o.num_kv_heads + kv_head) * 2 * o.head_size;
     double dot = 0;
-    for (int64_t d = 0; d < o.head_size; ++d) dot += query[(token * o.num_heads + head) * o.head_size + d] * cache[row + d];
+    const float *q = query.data() + (token * o.num_heads + head) * o.head_size;
+    for (int64_t d = 0; d < o.head_size; ++d) dot += q[d] * cache[row + d];
     dot *= static_cast<double>(0.13f);
     if (o.soft_cap > 0) dot = o.soft_cap * std::tanh(dot / o.soft_cap);
     if (o.alibi) dot += slopes[head] * static_cast<double>(key - position);

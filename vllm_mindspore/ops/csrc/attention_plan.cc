@@ -12,7 +12,8 @@
 namespace vllm_ms {
 namespace {
 
-constexpr int64_t kTargetRows = 64;       // of a task: enough to reuse a tile of keys, few enough for the L2 cache
+constexpr int64_t kMaxRows = 128;         // of a task: enough to reuse a tile of keys, few enough for the L2 cache
+constexpr int64_t kMinRows = 16;          // when there are many threads to feed
 constexpr int64_t kTileRows = 8;          // reading a tile costs about as much as attending with this many rows
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinParallelCost = 1 << 16;  // cost * head_size below which a second thread does not pay
@@ -56,7 +57,9 @@ class Plan {
     if (total * in.cache.head_size < kMinParallelCost) return;
     threads_ = num_threads();
     if (threads_ == 1) return;
-    while (max_heads_ > 1 && count_tasks() < kTasksPerThread * threads_) max_heads_ = (max_heads_ + 1) / 2;
+    const int64_t wanted = kTasksPerThread * threads_;
+    while (max_heads_ > 1 && count_tasks() < wanted) max_heads_ = (max_heads_ + 1) / 2;
+    while (max_rows_ > kMinRows && count_tasks() < wanted) max_rows_ /= 2;
     target_ = std::max<int64_t>(1, total / (kTasksPerThread * threads_));
   }
 
@@ -80,13 +83,13 @@ class Plan {
   void for_each_unit(F f) const {
     for (int64_t request = 0; request < in_.num_requests; ++request) {
       const int64_t queries = in_.query_start_loc[request + 1] - in_.query_start_loc[request];
-      const int64_t step = std::max<int64_t>(1, kTargetRows / members_);
+      const int64_t step = std::max<int64_t>(1, max_rows_ / members_);
       for (int64_t first = 0; first < queries; first += step) {
         Unit unit{request, first, std::min(step, queries - first), 0, 0, 1};
         const int64_t position = in_.seq_lens[request] - queries + first;
         unit.key_begin = first_key(in_, position);
         unit.key_end = position + unit.num_queries;
-        unit.heads = std::max<int64_t>(1, std::min(max_heads_, kTargetRows / (unit.num_queries * members_)));
+        unit.heads = std::max<int64_t>(1, std::min(max_heads_, max_rows_ / (unit.num_queries * members_)));
         f(unit);
       }
     }
@@ -130,7 +133,7 @@ class Plan {
   void count() {
     for_each_task([&](const AttentionTask &task, int64_t, int64_t splits, int64_t parts) {
       num_jobs_ += parts;
-      max_rows_ = std::max(max_rows_, rows(task));
+      largest_ = std::max(largest_, rows(task));
       if (parts == 1) return;
       ++num_groups_;
       partial_floats_ += splits * rows(task) * attention_state(in_.cache.head_size);
@@ -164,7 +167,7 @@ class Plan {
   // Workers take jobs off one counter; whoever finishes the last part of a group merges it.
   void execute(const Job *jobs) const {
     const int64_t workers = std::min<int64_t>(threads_, num_jobs_);
-    const int64_t floats = ceil_div(attention_workspace(max_rows_, in_.cache.head_size), 16) * 16;
+    const int64_t floats = ceil_div(attention_workspace(largest_, in_.cache.head_size), 16) * 16;
     Scratch memory(round_up_bytes(workers * floats * sizeof(float)));
     std::atomic<int64_t> next_job{0}, next_worker{0};
     parallel_for(workers, 1, [&](int64_t, int64_t) {
@@ -181,10 +184,12 @@ class Plan {
 
   const AttentionInputs &in_;
   const int64_t members_;  // query heads per KV head
-  int64_t max_heads_;
+  int64_t max_heads_;             // KV heads of a task, at most
+  int64_t max_rows_ = kMaxRows;   // of a task, but for one query's
   int64_t threads_ = 1;
   int64_t target_ = 0;  // cost of a task worth having; 0: do not cut
-  int64_t num_jobs_ = 0, num_groups_ = 0, max_rows_ = 0, partial_floats_ = 0;
+  int64_t num_jobs_ = 0, num_groups_ = 0, partial_floats_ = 0;
+  int64_t largest_ = 0;  // rows of the largest task
 };
 
 void check_request(const AttentionInputs &in, int64_t request) {
@@ -201,8 +206,8 @@ void check_request(const AttentionInputs &in, int64_t request) {
   }
   const int64_t blocks = ceil_div(length, in.block_size);
   if (blocks > in.max_blocks) {
-    fail(name + "seq_lens " + std::to_string(length) + " needs " + std::to_string(blocks) + " blocks, block_table has " +
-         std::to_string(in.max_blocks));
+    fail(name + "seq_lens " + std::to_string(length) + " needs " + std::to_string(blocks) +
+         " blocks, block_table has " + std::to_string(in.max_blocks));
   }
   const int64_t available = in.cache.num_slots / in.block_size;
   for (int64_t i = first_key(in, length - (end - start)) / in.block_size; i < blocks; ++i) {

@@ -61,7 +61,7 @@ int default_num_threads() {
 }
 
 // One job at a time. `ticket_` holds (epoch << 32 | next chunk): claiming a chunk is one compare-and-swap, which can
-// only succeed while that epoch's job still has chunks, so a late worker never touches a finished job.
+// only succeed while the job whose fields were read still has chunks, so a late worker never touches a finished job.
 class Pool {
  public:
   explicit Pool(int threads) : threads_(1) {
@@ -98,7 +98,7 @@ class Pool {
     ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_release);
     epoch_.store(epoch, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&epoch_);
-    run_chunks(epoch);
+    run_chunks();
     wait_done();
     busy_.store(false, std::memory_order_release);
   }
@@ -111,7 +111,7 @@ class Pool {
   }
 
  private:
-  void run_chunks(uint32_t epoch) {
+  void run_chunks() {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
       const int64_t n = n_.load(std::memory_order_relaxed);
@@ -120,7 +120,7 @@ class Pool {
       void *context = context_.load(std::memory_order_relaxed);
       const uint32_t chunks = chunks_.load(std::memory_order_relaxed);
       const uint32_t index = static_cast<uint32_t>(ticket);
-      if (static_cast<uint32_t>(ticket >> 32) != epoch || index >= chunks) return;
+      if (index >= chunks) return;
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
         continue;
       }
@@ -157,7 +157,7 @@ class Pool {
       }
       if (stop_.load(std::memory_order_acquire)) return;
       seen = epoch;
-      run_chunks(epoch);
+      run_chunks();
     }
   }
 

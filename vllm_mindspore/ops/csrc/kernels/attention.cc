@@ -10,11 +10,17 @@ namespace {
 VLLM_MS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 VLLM_MS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+struct KeyRange {
+  int32_t begin, end;  // relative to the tile; empty when begin >= end
+};
+
 // Memory of a task; see AttentionTask for the order of rows.
 struct Workspace {
   float *query, *accumulator, *total;        // [rows, padded]
   float *scores;                             // [rows, kTileKeys]
   float *max, *sum, *total_max, *total_sum;  // [rows]
+  float *slopes;                             // [rows], ALiBi
+  KeyRange *ranges;                          // [rows of one head], what each row sees of the present tile
   float *keys, *values;                      // [kTileKeys, padded], for cache rows that need conversion
   float *zeros;                              // [padded]
 };
@@ -55,6 +61,8 @@ Task make_task(const AttentionTaskArgs &args) {
   w.sum = take(t.rows);
   w.total_max = take(t.rows);
   w.total_sum = take(t.rows);
+  w.slopes = take(t.rows);
+  w.ranges = reinterpret_cast<KeyRange *>(take(2 * t.rows_per_head));
   w.keys = take(kTileKeys * t.padded);
   w.values = take(kTileKeys * t.padded);
   w.zeros = take(t.padded);
@@ -65,6 +73,10 @@ Task make_task(const AttentionTaskArgs &args) {
 VLLM_MS_INLINE int64_t query_of(const Task &t, int64_t row) { return row % t.rows_per_head / t.group; }
 VLLM_MS_INLINE int64_t head_of(const Task &t, int64_t row) {
   return (t.task.first_head + row / t.rows_per_head) * t.group + row % t.group;
+}
+
+float weight_at(const Weight &weight, int64_t i) {
+  VLLM_MS_DISPATCH_FLOAT(weight.dtype, T, { return to_float(static_cast<const T *>(weight.data)[i]); })
 }
 
 void load_queries(const Task &t) {
@@ -79,6 +91,7 @@ void load_queries(const Task &t) {
       std::memcpy(out, query, size * sizeof(float));
     }
     std::memset(out + size, 0, (t.padded - size) * sizeof(float));
+    t.work.slopes[row] = t.in.alibi_slopes ? weight_at(t.in.alibi_slopes, head) : 0.0f;
   }
 }
 
@@ -114,8 +127,7 @@ void write_row(const Task &t, int64_t row, RowState total) {
   const int64_t size = t.in.cache.head_size, head = head_of(t, row);
   float numerator = 1.0f, sum = *total.sum;
   if (t.in.sinks) {
-    float sink = 0;
-    VLLM_MS_DISPATCH_FLOAT(t.in.sinks.dtype, T, { sink = to_float(static_cast<const T *>(t.in.sinks.data)[head]); })
+    const float sink = weight_at(t.in.sinks, head);
     const float highest = sink > *total.max ? sink : *total.max;
     numerator = softmax_exp(*total.max - highest);
     sum = fma(set1(sum), set1(numerator), softmax_exp(set1(sink - highest)))[0];
@@ -129,6 +141,7 @@ void write_row(const Task &t, int64_t row, RowState total) {
 
 // The cache slots of keys [begin, end) of the tile starting at position `tile`.
 void find_slots(const Task &t, int64_t tile, int64_t begin, int64_t end, int64_t *slots) {
+  if (begin >= end) return;
   const int32_t *blocks = t.in.block_table + t.task.request * t.in.max_blocks;
   int64_t block = (tile + begin) / t.in.block_size, offset = (tile + begin) % t.in.block_size;
   for (int64_t j = begin; j < end; ++j) {
@@ -138,24 +151,6 @@ void find_slots(const Task &t, int64_t tile, int64_t begin, int64_t end, int64_t
       ++block;
     }
   }
-}
-
-template <class T>
-VLLM_MS_INLINE Vec widen(const T *p) {
-  return load(p);
-}
-VLLM_MS_INLINE Vec widen(const bf16 *p) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(
-      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
-#elif defined(__aarch64__)
-  return reinterpret_cast<Vec>(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)), 16));
-#else
-  return load(p);
-#endif
 }
 
 template <class T>
@@ -169,27 +164,39 @@ struct Tile {
   int64_t start;       // position of its first key
   int64_t begin, end;  // the keys in use, relative to start
   int64_t slots[kTileKeys];
-  const float *keys[kTileKeys], *values[kTileKeys];  // rows as float, whole vectors; zeros where not in use
+  const void *keys[kTileKeys], *values[kTileKeys];  // rows of whole vectors; zeros where not in use
+  const char *ahead[kTileKeys];                     // rows of the next tile, for prefetching
+  int64_t half_bytes;                               // of a row in the cache: its key
 };
 
-// Points tile.keys and tile.values at one KV head's rows: at the cache where it can be read as it is, else at a float
-// copy. Rows of `ahead`, the next tile to be loaded, are prefetched.
+constexpr int64_t kDirectRows = 8;
+
+// Whether rows of the cache are used as they are, rather than through a float copy: where so few rows of the task read
+// them that converting them each time is faster than a copy.
 template <class T>
-VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *ahead, int64_t ahead_head, Tile &tile) {
+VLLM_MS_INLINE bool reads_directly(const Task &t) {
+  return t.in.cache.head_size % kLanes == 0 && (sizeof(T) == sizeof(float) || t.rows_per_head <= kDirectRows);
+}
+
+// Points tile.keys and tile.values at one KV head's rows, in the cache or converted to float; and tile.ahead at those in
+// slots `next` of `next_head`, which come after these.
+template <class T>
+VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *next, int64_t next_head, Tile &tile) {
   const int64_t size = t.in.cache.head_size, heads = t.in.cache.num_kv_heads;
   const T *cache = static_cast<const T *>(t.in.cache.data);
-  const bool direct = sizeof(T) == sizeof(float) && size % kLanes == 0;
+  tile.half_bytes = size * sizeof(T);
+  const bool direct = reads_directly<T>(t);
   for (int64_t j = 0; j < kTileKeys; ++j) {
     if (j < tile.begin || j >= tile.end) {
+      tile.ahead[j] = reinterpret_cast<const char *>(cache);
       tile.keys[j] = tile.values[j] = t.work.zeros;
       continue;
     }
-    const char *next = reinterpret_cast<const char *>(cache + (ahead[j] * heads + ahead_head) * 2 * size);
-    for (int64_t byte = 0; byte < 2 * size * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+    tile.ahead[j] = reinterpret_cast<const char *>(cache + (next[j] * heads + next_head) * 2 * size);
     const T *row = cache + (tile.slots[j] * heads + head) * 2 * size;
     if (direct) {
-      tile.keys[j] = reinterpret_cast<const float *>(row);
-      tile.values[j] = reinterpret_cast<const float *>(row + size);
+      tile.keys[j] = row;
+      tile.values[j] = row + size;
       continue;
     }
     float *key = t.work.keys + j * t.padded, *value = t.work.values + j * t.padded;
@@ -200,79 +207,86 @@ VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *ahea
   }
 }
 
-struct KeyRange {
-  int64_t begin, end;  // relative to the tile; empty when begin >= end
-};
-
-VLLM_MS_INLINE KeyRange keys_of(const Task &t, const Tile &tile, int64_t query) {
-  const int64_t position = t.position + query;
-  return {max_of(first_key(t.in, position) - tile.start, tile.begin), min_of(position + 1 - tile.start, tile.end)};
+void find_ranges(const Task &t, const Tile &tile) {
+  KeyRange *range = t.work.ranges;
+  for (int64_t query = 0; query < t.task.num_queries; ++query) {
+    const int64_t position = t.position + query;
+    const int64_t begin = min_of(max_of(first_key(t.in, position) - tile.start, tile.begin), kTileKeys);
+    const int64_t end = max_of(min_of(position + 1 - tile.start, tile.end), 0);
+    for (int64_t member = 0; member < t.group; ++member) {
+      *range++ = {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+    }
+  }
 }
 
-// One tile against the rows of one KV head.
+template <int R, class T>
+void accumulate_group(const Task &t, const Tile &tile, const KeyRange *ranges, float *accumulator,
+                      const float *weights, Ahead ahead) {
+  const int64_t size = t.in.cache.head_size;
+  const auto one_by_one = [&](int64_t from, int64_t to) {
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t begin = max_of(from, ranges[r].begin), end = min_of(to, ranges[r].end);
+      if (begin >= end) continue;
+      accumulate_rows<1, T>(accumulator + r * t.padded, t.padded, weights + r * kTileKeys, tile.values, begin, end,
+                            size, {tile.ahead, 0, 0});
+    }
+  };
+  // What all rows see, since later rows do not begin or end earlier.
+  const int64_t begin = ranges[R - 1].begin, end = max_of(ranges[0].end, begin);
+  if (ranges[0].begin < begin) one_by_one(tile.begin, begin);
+  if (begin < end) accumulate_rows<R, T>(accumulator, t.padded, weights, tile.values, begin, end, size, ahead);
+  if (end < ranges[R - 1].end) one_by_one(end, tile.end);
+}
+
+// One tile against the rows of one KV head; T is the type of tile.keys and tile.values.
+template <class T>
 void attend(const Task &t, const Tile &tile, int64_t head) {
   const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
-  const Workspace &w = t.work;
+  const float *query = t.work.query + first * t.padded;
+  float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
+  float *max = t.work.max + first, *sum = t.work.sum + first;
+  const KeyRange *ranges = t.work.ranges;
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    // Later queries see later keys, so the group's range is that of its first and last row.
-    const KeyRange low = keys_of(t, tile, row / t.group), high = keys_of(t, tile, (row + R.value - 1) / t.group);
-    score_rows<R.value>(w.query + (first + row) * t.padded, t.padded, tile.keys, low.begin, high.end, size,
-                        w.scores + (first + row) * kTileKeys);
+    score_rows<R.value, T>(query + row * t.padded, t.padded, tile.keys, ranges[row].begin,
+                           ranges[row + R.value - 1].end, size, scores + row * kTileKeys,
+                           {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
   });
   for (int64_t row = 0; row < t.rows_per_head; ++row) {
-    const int64_t query = row / t.group, i = first + row;
-    const KeyRange range = keys_of(t, tile, query);
-    if (range.begin >= range.end) continue;
-    float slope = 0;
-    if (t.in.alibi_slopes) {
-      VLLM_MS_DISPATCH_FLOAT(t.in.alibi_slopes.dtype, T, {
-        slope = to_float(static_cast<const T *>(t.in.alibi_slopes.data)[head_of(t, i)]);
-      })
-    }
-    softmax_row(t.in, w.scores + i * kTileKeys, range.begin, range.end, slope, tile.start - (t.position + query),
-                {w.accumulator + i * t.padded, w.max + i, w.sum + i});
+    if (ranges[row].begin >= ranges[row].end) continue;
+    const int64_t distance = t.in.alibi_slopes ? tile.start - (t.position + row / t.group) : 0;
+    softmax_row(t.in, scores + row * kTileKeys, ranges[row].begin, ranges[row].end, t.work.slopes[first + row],
+                distance, {accumulator + row * t.padded, max + row, sum + row});
   }
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    const KeyRange low = keys_of(t, tile, row / t.group), high = keys_of(t, tile, (row + R.value - 1) / t.group);
-    const int64_t begin = high.begin, end = max_of(low.end, begin);  // what all rows of the group see
-    float *accumulator = w.accumulator + (first + row) * t.padded;
-    const float *weights = w.scores + (first + row) * kTileKeys;
-    const auto one_by_one = [&](int64_t from, int64_t to) {
-      for (int64_t r = 0; r < R.value; ++r) {
-        const KeyRange range = keys_of(t, tile, (row + r) / t.group);
-        accumulate_rows<1>(accumulator + r * t.padded, t.padded, weights + r * kTileKeys, tile.values,
-                           max_of(from, range.begin), min_of(to, range.end), size);
-      }
-    };
-    if (low.begin < begin) one_by_one(tile.begin, begin);
-    accumulate_rows<R.value>(accumulator, t.padded, weights, tile.values, begin, end, size);
-    if (high.end > end) one_by_one(end, tile.end);
+    accumulate_group<R.value, T>(t, tile, ranges + row, accumulator + row * t.padded, scores + row * kTileKeys,
+                                 {tile.ahead, tile.half_bytes, row == 0 ? tile.half_bytes : 0});
   });
 }
 
-void find_tile(const Task &t, int64_t start, Tile &tile) {
-  tile.start = start;
-  tile.begin = max_of(t.task.key_begin - start, 0);
-  tile.end = min_of(t.task.key_end - start, kTileKeys);
-  find_slots(t, start, tile.begin, tile.end, tile.slots);
-}
-
-// Visits the keys of one split, [begin, end) in positions, begin a multiple of kTileKeys.
+// Visits the keys of one split, positions [begin, end), begin a multiple of kTileKeys.
 void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
   const int64_t last_head = t.task.first_head + t.task.num_heads - 1;
+  int64_t following[kTileKeys];
   for (int64_t start = begin; start < end; start += kTileKeys) {
-    find_tile(t, start, tile);
-    int64_t following[kTileKeys];
-    for (int64_t j = 0; j < kTileKeys; ++j) following[j] = tile.slots[j >= tile.begin && j < tile.end ? j : tile.begin];
-    if (start + kTileKeys < t.task.key_end) {
-      find_slots(t, start + kTileKeys, 0, min_of(t.task.key_end - start - kTileKeys, kTileKeys), following);
-    }
+    tile.start = start;
+    tile.begin = max_of(t.task.key_begin - start, 0);
+    tile.end = min_of(t.task.key_end - start, kTileKeys);
+    for (int64_t j = 0; j < kTileKeys; ++j) following[j] = 0;
+    find_slots(t, start, tile.begin, tile.end, tile.slots);
+    find_slots(t, start + kTileKeys, 0, min_of(t.task.key_end - start - kTileKeys, kTileKeys), following);
+    find_ranges(t, tile);
     for (int64_t head = t.task.first_head; head <= last_head; ++head) {
       const bool last = head == last_head;
+      const int64_t *next = last ? following : tile.slots;
+      const int64_t next_head = last ? t.task.first_head : head + 1;
       VLLM_MS_DISPATCH_FLOAT(t.in.cache.dtype, T, {
-        load_rows<T>(t, head, last ? following : tile.slots, last ? t.task.first_head : head + 1, tile);
+        load_rows<T>(t, head, next, next_head, tile);
+        if (reads_directly<T>(t)) {
+          attend<T>(t, tile, head);
+        } else {
+          attend<float>(t, tile, head);
+        }
       })
-      attend(t, tile, head);
     }
   }
 }
@@ -294,7 +308,8 @@ void run_attention(const AttentionTaskArgs &args) {
     for (int64_t row = 0; row < t.rows; ++row) {
       const float *accumulator = w.accumulator + row * t.padded;
       if (partial == nullptr) {
-        fold(w.max[row], w.sum[row], accumulator, {w.total + row * t.padded, w.total_max + row, w.total_sum + row}, size);
+        const RowState total{w.total + row * t.padded, w.total_max + row, w.total_sum + row};
+        fold(w.max[row], w.sum[row], accumulator, total, size);
       } else {
         std::memcpy(partial, accumulator, t.padded * sizeof(float));
         partial[t.padded] = w.max[row];

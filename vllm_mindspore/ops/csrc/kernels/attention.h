@@ -3,8 +3,8 @@
 //
 // Numerical contract. For one query and head, keys are visited in tiles of kTileKeys ABSOLUTE positions, ascending, by
 // online softmax; every kSplitKeys positions the running state (max, sum, accumulator) is folded into a total, and the
-// next split starts afresh. All of it is a function of the query, its keys and their positions only. Which queries share
-// a task, and whether the splits of one query are computed by one task or by several, changes no bit of a result.
+// next split starts afresh. All of it is a function of the query, its keys and their positions only. Which queries
+// share a task, and whether the splits of one query are computed by one task or several, changes no bit of a result.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ struct AttentionInputs {
 };
 
 // Queries [first_query, first_query + num_queries) of a request against KV heads [first_head, first_head + num_heads)
-// and keys [key_begin, key_end). A task has rows = num_heads * num_queries * group, row = (head * num_queries + query) *
-// group + member.
+// and keys [key_begin, key_end). Its rows, num_heads * num_queries * group of them, are ordered by KV head, then query,
+// then query head of the KV head.
 struct AttentionTask {
   int64_t request;
   int64_t first_query;
@@ -62,7 +62,7 @@ VLLM_MS_INLINE int64_t padded_head(int64_t head_size) {
 // Floats of workspace for a task of at most `rows` rows; at least as much as the blocks of Workspace in attention.cc.
 VLLM_MS_INLINE int64_t attention_workspace(int64_t rows, int64_t head_size) {
   const int64_t padded = padded_head(head_size);
-  return rows * (3 * padded + kTileKeys) + 4 * (rows + kRowAlignment) + 2 * kTileKeys * padded + padded;
+  return rows * (3 * padded + kTileKeys + 7) + 7 * kRowAlignment + 2 * kTileKeys * padded + padded;
 }
 
 // Floats of the state of one row after one split: accumulator, maximum, sum.

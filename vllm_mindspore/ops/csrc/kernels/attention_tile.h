@@ -18,11 +18,12 @@ constexpr int kMaxRows = 4;  // 32 vector registers
 constexpr int kMaxRows = 2;  // 16 vector registers
 #endif
 
-// Calls body(std::integral_constant-like R, row) over rows in groups of 4, 2 and 1.
 template <int R>
 struct Rows {
   static constexpr int value = R;
 };
+
+// Calls body(Rows<R>, row) for groups of R = 4, 2 and 1 rows.
 template <class Body>
 VLLM_MS_INLINE void for_row_groups(int64_t rows, Body body) {
   int64_t row = 0;
@@ -43,7 +44,8 @@ VLLM_MS_INLINE Vec sum_each(const Vec *v) {
     const __m512 c = reinterpret_cast<__m512>(v[4 * i + 2]), d = reinterpret_cast<__m512>(v[4 * i + 3]);
     const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m512d low = _mm512_unpacklo_pd(ab, cd), high = _mm512_unpackhi_pd(ab, cd);
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
   }
   const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
                                    _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
@@ -70,13 +72,42 @@ VLLM_MS_INLINE Vec sum_each(const Vec *v) {
 #endif
 }
 
+template <class T>
+VLLM_MS_INLINE Vec widen(const T *p) {
+  return load(p);
+}
+VLLM_MS_INLINE Vec widen(const bf16 *p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec>(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)), 16));
+#else
+  return load(p);
+#endif
+}
+
+// Memory that will be read soon: `bytes` from rows[j] + offset, one j for each key that is worked on meanwhile.
+struct Ahead {
+  const char *const *rows;
+  int64_t offset, bytes;
+};
+
+VLLM_MS_INLINE void prefetch(const Ahead &ahead, int64_t j) {
+  for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(ahead.rows[j] + ahead.offset + byte);
+}
+
 // scores[r, j] = query[r] . key[j] for j in [begin, end), and for other j of the tile as it comes. R rows by K keys are
-// held in registers; each dot product is one chain of fma over the head, then sum_each, whatever R and K.
-template <int R>
-VLLM_MS_NOINLINE void score_rows(const float *query, int64_t padded, const float *const *keys, int64_t begin, int64_t end,
-                               int64_t head_size, float *scores) {
+// held in registers; each dot product is one chain of fma over the head, then sum_each, whatever R, K and T.
+template <int R, class T>
+VLLM_MS_NOINLINE void score_rows(const float *query, int64_t padded, const void *const *keys, int64_t begin,
+                                 int64_t end, int64_t head_size, float *scores, Ahead ahead) {
   constexpr int K = R == 4 ? 4 : R == 2 ? (kLanes > 8 ? 8 : 4) : (kLanes > 8 ? 16 : 8);
   for (int64_t j = begin / K * K; j < end; j += K) {
+    for (int k = 0; k < K; ++k) prefetch(ahead, j + k);
     Vec sums[R * K] = {};
     for (int64_t d = 0; d < head_size; d += kLanes) {
       Vec q[R];
@@ -84,7 +115,7 @@ VLLM_MS_NOINLINE void score_rows(const float *query, int64_t padded, const float
       for (int r = 0; r < R; ++r) q[r] = load(query + r * padded + d);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
-        const Vec key = load(keys[j + k] + d);
+        const Vec key = widen(static_cast<const T *>(keys[j + k]) + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[r * K + k] = fma(q[r], key, sums[r * K + k]);
       }
@@ -97,9 +128,28 @@ VLLM_MS_NOINLINE void score_rows(const float *query, int64_t padded, const float
   }
 }
 
-// e^x for x <= 0, exactly 0 below e^-87: no subnormal, which would be slow, and no trace of a masked score.
-VLLM_MS_INLINE Vec softmax_exp(Vec x) { return x < -87.0f ? zero() : vexp(vmax(set1(-87.0f), x)); }
+// e^x for x <= 0 within 2 ulp, exactly 0 below e^-87: no subnormal, which would be slow, and no trace of masked scores.
+// The polynomial is that of vexp; 2^n is one factor here. Keeps NaN.
+VLLM_MS_INLINE Vec softmax_exp(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec clamped = vmax(set1(-87.0f), x);
+  const Vec shifted = fma(clamped, set1(1.44269504f), set1(kRound));
+  const Vec n = shifted - kRound;
+  const Vec r = fma(n, set1(-1.42860677e-6f), fma(n, set1(-0.693145752f), clamped));
+  const Vec p = polynomial(r, {1.383674162e-03f, 8.374898361e-03f, 4.166823181e-02f, 1.666641919e-01f,
+                               4.999999203e-01f, 1.0f, 1.0f});
+  const Vec power = as_float((as_bits(shifted) << 23) + 0x3f800000u);
+  return x < -87.0f ? zero() : p * power;
+}
 VLLM_MS_INLINE float softmax_exp(float x) { return softmax_exp(set1(x))[0]; }
+
+VLLM_MS_INLINE float highest_lane(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+  return hmax(v);
+#endif
+}
 
 struct RowState {
   float *accumulator;  // [head_size]
@@ -123,12 +173,14 @@ VLLM_MS_NOINLINE void softmax_row(const AttentionInputs &in, float *scores, int6
     if (in.alibi_slopes) {
       x = fma(set1(slope), __builtin_convertvector(key + static_cast<int32_t>(distance), Vec), x);
     }
-    const IVec seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
-    x = seen ? x : set1(-kInfinity);
+    if (j < begin || j + kLanes > end) {
+      const IVec seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
+      x = seen ? x : set1(-kInfinity);
+    }
     store(scores + j, x);
     highest = vmax(x, highest);
   }
-  const float before = *row.max, now = vmax(set1(hmax(highest)), set1(before))[0];
+  const float before = *row.max, top = highest_lane(highest), now = top > before ? top : before;
   const float base = now == -kInfinity ? 0.0f : now;
   Vec sum = zero();
   for (int64_t j = start; j < end; j += kLanes) {
@@ -149,10 +201,10 @@ VLLM_MS_NOINLINE void softmax_row(const AttentionInputs &in, float *scores, int6
 }
 
 // accumulator[r, offset : offset + N * kLanes] += weights[r, j] * value[j] for j in [begin, end), ascending: one chain
-// of fma per element, so that a range may be cut anywhere.
-template <int R, int N>
-VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float *weights, const float *const *values,
-                               int64_t begin, int64_t end, int64_t offset) {
+// of fma per element, so that a range of keys may be cut anywhere.
+template <int R, int N, class T>
+VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float *weights, const void *const *values,
+                                 int64_t begin, int64_t end, int64_t offset, Ahead ahead) {
   Vec sums[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -160,9 +212,10 @@ VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float
     for (int n = 0; n < N; ++n) sums[r][n] = load(accumulator + r * padded + offset + n * kLanes);
   }
   for (int64_t j = begin; j < end; ++j) {
+    prefetch(ahead, j);
     Vec value[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) value[n] = load(values[j] + offset + n * kLanes);
+    for (int n = 0; n < N; ++n) value[n] = widen(static_cast<const T *>(values[j]) + offset + n * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec weight = set1(weights[r * kTileKeys + j]);
@@ -177,25 +230,27 @@ VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float
   }
 }
 
-template <int R>
-void accumulate_rows(float *accumulator, int64_t padded, const float *weights, const float *const *values,
-                     int64_t begin, int64_t end, int64_t head_size) {
+template <int R, class T>
+void accumulate_rows(float *accumulator, int64_t padded, const float *weights, const void *const *values,
+                     int64_t begin, int64_t end, int64_t head_size, Ahead ahead) {
   int64_t d = 0;
   if (R == 1) {
     for (; d + 7 * kLanes < head_size; d += 8 * kLanes) {
-      accumulate<R, (R == 1 ? 8 : 1)>(accumulator, padded, weights, values, begin, end, d);
+      accumulate<R, (R == 1 ? 8 : 1), T>(accumulator, padded, weights, values, begin, end, d, ahead);
+      ahead.bytes = 0;
     }
   }
   for (; d + 3 * kLanes < head_size; d += 4 * kLanes) {
-    accumulate<R, 4>(accumulator, padded, weights, values, begin, end, d);
+    accumulate<R, 4, T>(accumulator, padded, weights, values, begin, end, d, ahead);
+    ahead.bytes = 0;
   }
   switch ((head_size - d + kLanes - 1) / kLanes) {
     case 3:
-      return accumulate<R, 3>(accumulator, padded, weights, values, begin, end, d);
+      return accumulate<R, 3, T>(accumulator, padded, weights, values, begin, end, d, ahead);
     case 2:
-      return accumulate<R, 2>(accumulator, padded, weights, values, begin, end, d);
+      return accumulate<R, 2, T>(accumulator, padded, weights, values, begin, end, d, ahead);
     case 1:
-      return accumulate<R, 1>(accumulator, padded, weights, values, begin, end, d);
+      return accumulate<R, 1, T>(accumulator, padded, weights, values, begin, end, d, ahead);
     default:
       return;
   }

@@ -146,7 +146,8 @@ struct QkvAttentionOp {
 
   Shape infer(const Inputs &in) const {
     require_rank(in[kQkv], 2, "qkv");
-    require_equal(in[kQkv].dim(1), query_width() + 2 * key_width(), "qkv: width and (num_heads + 2 * num_kv_heads) * head_size");
+    require_equal(in[kQkv].dim(1), query_width() + 2 * key_width(),
+                  "qkv: width and (num_heads + 2 * num_kv_heads) * head_size");
     require_rank(in[kPositions], 1, "positions");
     require_equal(in[kPositions].dim(0), in[kQkv].dim(0), "positions and qkv: number of tokens");
     require_rank(in[kSlots], 1, "slot_mapping");

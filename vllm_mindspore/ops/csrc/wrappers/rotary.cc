@@ -25,7 +25,9 @@ struct RotaryOp {
     const Tensor &x = in[kX];
     require(x.rank == 2 || x.rank == 3, "x: rank ", x.rank, ", expected 2 or 3");
     if (x.rank == 3) require_equal(x.dim(2), head_size, "x: last dimension and head_size");
-    if (x.rank == 2) require(x.dim(1) < 0 || x.dim(1) % head_size == 0, "x: width ", x.dim(1), ", head_size ", head_size);
+    if (x.rank == 2) {
+      require(x.dim(1) < 0 || x.dim(1) % head_size == 0, "x: width ", x.dim(1), ", head_size ", head_size);
+    }
     require_rank(in[kPositions], 1, "positions");
     require_equal(in[kPositions].dim(0), x.dim(0), "positions and x: number of tokens");
     require_rank(in[kCosSin], 2, "cos_sin");
