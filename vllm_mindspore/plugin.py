@@ -23,7 +23,7 @@ def register_platform() -> str:
         SystemExit: an installed package's version cannot work, or `VLLM_MS_BACKEND` names no backend of ours. vLLM
             swallows ordinary exceptions of this function and would go on without a platform.
     """
-    from vllm_mindspore import compat, options, sockets
+    from vllm_mindspore import compat, options, processes
 
     try:
         compat.require_supported_environment()
@@ -32,12 +32,13 @@ def register_platform() -> str:
         raise SystemExit(str(error)) from None
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    sockets.use_private_directory()
+    processes.use_private_socket_directory()
     return PLATFORM
 
 
 def register() -> None:
     """Register what vLLM's own registries take: environment variables and (later) models of ours."""
-    from vllm_mindspore import options
+    from vllm_mindspore import options, processes
 
     options.register_environment()
+    processes.exit_with_parent()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+import torch
 from mindspore import nn
 from mindspore.common import np_dtype
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops import attention_reference as reference
 from vllm_mindspore.ops import registry
@@ -230,6 +232,36 @@ def test_impossible_attributes_are_rejected(present, change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         registry.build("qkv_attention", "cpu", present, **{**attributes, **change})
+
+
+def test_in_a_torch_graph_with_a_symbolic_number_of_tokens():
+    registry.define_all()
+    ops = torch.ops.vllm_ms
+
+    def layer(qkv, positions, cos_sin, cache, slots, block_table, query_start_loc, seq_lens):
+        query, key, value = qkv.split([32, 16, 16], -1)
+        query = ops.rotary(positions, query, cos_sin, 8, 8, True)
+        ops.kv_write(cache, key, value, slots)
+        state = (block_table, query_start_loc, seq_lens)
+        out = ops.paged_attention(query, cache, *state, None, None, 4, 2, 8, 1.0, 16, 0, 0.0)
+        attributes = (4, 2, 8, 1.0, 16, 0, 0.0, 8, True, 1e-6, 0.0, "")
+        return out + ops.qkv_attention(
+            qkv, positions, cos_sin, None, None, cache, slots, *state, None, None, *attributes
+        )
+
+    integers = [torch.zeros(shape, dtype=torch.int32) for shape in ((2, 3), (3,), (2,))]
+    tokens = torch.zeros(5, dtype=torch.int64)
+    graph = make_fx(layer, tracing_mode="symbolic")(
+        torch.zeros(5, 64), tokens, torch.zeros(9, 8), torch.zeros(32, 2, 16), tokens.clone(), *integers
+    )
+    outputs = {node.target.name(): node.meta.get("val") for node in graph.graph.nodes if "vllm_ms" in str(node.target)}
+    assert set(outputs) == {f"vllm_ms::{name}" for name in ("rotary", "kv_write", "paged_attention", "qkv_attention")}
+    for name, value in outputs.items():
+        if name == "vllm_ms::kv_write":
+            assert value is None
+            continue
+        assert value.dtype == torch.float32 and value.shape[1] == 32
+        assert isinstance(value.shape[0], torch.SymInt)
 
 
 class Layer(nn.Cell):

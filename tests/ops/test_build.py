@@ -92,6 +92,17 @@ def test_a_missing_compiler_is_named(monkeypatch):
         build.Compiler.find()
 
 
+@pytest.mark.parametrize(
+    ("version", "release"), [("g++ (GCC) 7.3.0", "7"), ("clang version 17.0.0 (GCC 4.2.1 compatible)", "17")]
+)
+def test_an_unsuitable_compiler_is_refused(version, release, tmp_path):
+    fake = tmp_path / "compiler"
+    fake.write_text(f'#!/bin/sh\ncase $1 in --version) echo "{version}";; -dumpversion) echo {release};; esac\n')
+    fake.chmod(0o755)
+    with pytest.raises(build.BuildError, match="GCC 9 or newer is needed: set CXX"):
+        build.Compiler.find(str(fake))
+
+
 def test_check_notices_changed_sources(monkeypatch, capsys):
     assert build.main(["--check"]) == 0
     monkeypatch.setattr(build, "source_hash", lambda: "other")

@@ -69,9 +69,7 @@ class Linear:
 
     def expected(self, x, residual=None) -> np.ndarray:
         w = {name: stored(value, self.dtype) for name, value in self.weights.items()}
-        x = normalise(
-            np.asarray(x, np.float64), self.norm, EPS, w.get("norm_weight"), w.get("norm_bias"), self.offset
-        )
+        x = normalise(np.asarray(x, np.float64), self.norm, EPS, w.get("norm_weight"), w.get("norm_bias"), self.offset)
         if self.rounds_activations and x.size:
             x = stored(x, "bfloat16")
         y = activate(x @ w["weight"].T + w.get("bias", 0.0), self.activation)

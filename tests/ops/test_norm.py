@@ -19,13 +19,13 @@ def random(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(dtype):
-    for width, rows, weighted, offset in itertools.product(
-        (1, 7, 16, 65, 900), (0, 1, 6), (False, True), (0.0, 1.0)
-    ):
+    for width, rows, weighted, offset in itertools.product((1, 7, 16, 65, 900), (0, 1, 6), (False, True), (0.0, 1.0)):
         op = registry.build("rms_norm", "cpu", ("weight",) if weighted else (), eps=EPS, offset=offset)
         x, weight = random(rows, width), random(width, seed=1)
         got = op(tensor(x), tensor(weight, dtype)) if weighted else op(tensor(x))
-        expected = normalise(x.astype(np.float64), "rms", EPS, stored(weight, dtype) if weighted else None, None, offset)
+        expected = normalise(
+            x.astype(np.float64), "rms", EPS, stored(weight, dtype) if weighted else None, None, offset
+        )
         assert relative_error(got, expected) < 2e-6, (width, rows, weighted, offset)
 
 

@@ -1,7 +1,7 @@
 """Builds the C++ operators: `python -m vllm_mindspore.ops.build [--check]`.
 
 By convention of place: `csrc/*.cc` and `csrc/wrappers/*.cc` (MindSpore AOT operators) are compiled once,
-`csrc/kernels/*.cc` once per instruction set. Objects that are up to date are kept. Needs g++ (or $CXX), not MindSpore.
+`csrc/kernels/*.cc` once per instruction set. Objects that are up to date are kept. Needs GCC (g++ or $CXX) only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CSRC = Path(__file__).parent / "csrc"
 LIB = Path(__file__).parent / "lib"
 LIBRARY = LIB / "libvllm_ms_cpu.so"
 BUILD_INFO = LIB / "build_info.json"
+
+MINIMUM_GCC = 9  # vector extensions: __builtin_convertvector
 
 # The old std::string ABI is MindSpore's. GCC 12 sees uninitialised values in its own AVX-512 intrinsics.
 COMMON_FLAGS = (
@@ -54,7 +56,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler and the machine it compiles for."""
+    """A GCC and the machine it compiles for."""
 
     command: tuple[str, ...]
     version: str
@@ -62,18 +64,23 @@ class Compiler:
 
     @classmethod
     def find(cls, command: str | None = None) -> Compiler:
-        """The compiler of `command`, $CXX or g++. Raises BuildError when it does not run."""
+        """The compiler of `command`, $CXX or g++. Raises BuildError when it does not run or is too old."""
         words = tuple(shlex.split(command or os.environ.get("CXX") or "g++"))
+        name = " ".join(words)
         try:
-            version = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True).stdout
-            target = subprocess.run([*words, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+            version, target, release = (
+                subprocess.run([*words, option], capture_output=True, text=True, check=True).stdout.strip()
+                for option in ("--version", "-dumpmachine", "-dumpversion")
+            )
         except (OSError, subprocess.CalledProcessError) as error:
-            name = " ".join(words)
             raise BuildError(f"C++ compiler {name!r} does not run ({error}): install g++ or set CXX") from None
+        title = version.splitlines()[0]
+        if "clang" in version or int(release.split(".")[0]) < MINIMUM_GCC:
+            raise BuildError(f"C++ compiler {name!r} is {title}; GCC {MINIMUM_GCC} or newer is needed: set CXX")
         machine = target.split("-")[0]
         if machine not in ISA_FLAGS:
             raise BuildError(f"no kernels for machine {machine!r}; supported: {', '.join(ISA_FLAGS)}")
-        return cls(words, version.splitlines()[0], machine)
+        return cls(words, title, machine)
 
     def isa_flags(self) -> dict[str, list[str]]:
         """Instruction-set variants that this compiler can build, with their flags."""

@@ -4,12 +4,13 @@ import time
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_mindspore.worker import memory, process
+from vllm_mindspore.worker import memory
 
 logger = init_logger("vllm.vllm_mindspore.worker")
 
@@ -19,7 +20,6 @@ class MindSporeWorker(WorkerBase):
     initialize_from_config, compile_or_warm_up_model, then steps."""
 
     def init_device(self) -> None:
-        process.exit_with_parent()
         begin = time.perf_counter()
         import mindspore
 
@@ -27,7 +27,15 @@ class MindSporeWorker(WorkerBase):
         logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
         self.device = torch.device("cpu")
         torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
-        process.join_groups(self.parallel_config, self.rank, self.local_rank, self.distributed_init_method)
+        if self.parallel_config.world_size == 1 and not torch.distributed.is_initialized():
+            # By default the group's store would be a file in /tmp that nobody deletes.
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
+        init_distributed_environment(
+            self.parallel_config.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
+        )
+        ensure_model_parallel_initialized(
+            self.parallel_config.tensor_parallel_size, self.parallel_config.pipeline_parallel_size
+        )
         set_random_seed(self.model_config.seed)
         from vllm_mindspore.worker.model_runner import MindSporeModelRunner
 

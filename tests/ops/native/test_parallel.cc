@@ -1,9 +1,11 @@
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <thread>
 
 #include "testing.h"
@@ -87,6 +89,43 @@ TEST(parallel_for_uses_its_threads) {
   set_num_threads(before);
 }
 
+TEST(with_a_thread_per_cpu_no_two_share_one) {
+  cpu_set_t affinity;
+  CPU_ZERO(&affinity);
+  sched_getaffinity(getpid(), sizeof(affinity), &affinity);
+  const int cpus = CPU_COUNT(&affinity);
+  if (cpus < 2) return;  // nothing to share
+  const int before = num_threads();
+  set_num_threads(cpus);
+  const auto check = [] {
+    const std::thread::id self = std::this_thread::get_id();
+    int shared = 0;
+    for (int attempt = 0; attempt < 50; ++attempt) {
+      const int callers_cpu = sched_getcpu();
+      std::atomic<int> on_callers_cpu{0};
+      parallel_for(64, 1, [&](int64_t, int64_t) {
+        if (std::this_thread::get_id() != self && sched_getcpu() == callers_cpu) ++on_callers_cpu;
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      });
+      if (on_callers_cpu > 0) ++shared;
+    }
+    return shared;
+  };
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {  // wherever the caller runs
+    if (!CPU_ISSET(cpu, &affinity)) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    std::thread caller([&] {
+      sched_setaffinity(0, sizeof(one), &one);
+      const int shared = check();
+      CHECK(shared < 5) << "caller on CPU " << cpu << ": a worker shared it in " << shared << " of 50 jobs";
+    });
+    caller.join();
+  }
+  set_num_threads(before);
+}
+
 TEST(idle_pool_uses_no_cpu) {
   const int before = num_threads();
   set_num_threads(4);
@@ -101,6 +140,9 @@ TEST(idle_pool_uses_no_cpu) {
 
 TEST(pool_works_after_fork) {
   const int before = num_threads();
+  const char *setting = std::getenv("VLLM_MS_NUM_THREADS");
+  const std::string setting_before = setting == nullptr ? "" : setting;
+  setenv("VLLM_MS_NUM_THREADS", "3", 1);
   set_num_threads(3);
   covers(1000, 1);
   std::atomic<bool> stop{false};
@@ -121,6 +163,7 @@ TEST(pool_works_after_fork) {
   stop = true;
   busy.join();
   CHECK(covers(1000, 1)) << "parent";
+  setenv("VLLM_MS_NUM_THREADS", setting_before.c_str(), 1);
   set_num_threads(before);
 }
 

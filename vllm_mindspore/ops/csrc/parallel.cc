@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,8 +24,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kChunksPerThread = 4;
-constexpr int kWorkerSpins = 8000;   // some 100 us: longer than the gap between two operators of one graph
-constexpr int kCallerSpins = 20000;
+constexpr int64_t kSpinNanoseconds = 100000;  // longer than the gap between two operators of one graph
 
 void relax() {
 #if defined(__x86_64__)
@@ -32,6 +32,25 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+int64_t monotonic_nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
+}
+
+// Spins until done() or for kSpinNanoseconds; returns done().
+template <class Done>
+bool spin_until(Done done) {
+  const int64_t deadline = monotonic_nanoseconds() + kSpinNanoseconds;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (monotonic_nanoseconds() < deadline);
+  return done();
 }
 
 void futex_wait(std::atomic<uint32_t> *word, uint32_t expected) {
@@ -73,12 +92,14 @@ class Pool {
       for (; threads_ < threads; ++threads_) {
         std::thread worker([this] { work(); });
         pthread_setaffinity_np(worker.native_handle(), sizeof(affinity), &affinity);
+        workers_.push_back({worker.native_handle(), -1});
         worker.detach();
       }
     } catch (const std::system_error &error) {
       std::fprintf(stderr, "vllm_ms: only %d of %d threads could be started: %s\n", threads_, threads, error.what());
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (threads_ == CPU_COUNT(&affinity)) bind_workers(affinity);
   }
 
   int threads() const { return threads_; }
@@ -87,6 +108,7 @@ class Pool {
 
   // Call between try_acquire() and the return: runs the job to its end and releases the pool.
   void run(int64_t n, int64_t chunk, ParallelBody body, void *context) {
+    avoid_callers_cpu();
     const int64_t chunks = (n + chunk - 1) / chunk;
     n_.store(n, std::memory_order_relaxed);
     chunk_.store(chunk, std::memory_order_relaxed);
@@ -111,6 +133,41 @@ class Pool {
   }
 
  private:
+  struct Worker {
+    pthread_t handle;
+    int cpu;  // the one it is bound to, or -1
+  };
+
+  // With a thread per CPU each worker gets a CPU of its own: schedulers that pack threads on few CPUs would have them
+  // wait for each other.
+  void bind_workers(const cpu_set_t &affinity) {
+    callers_cpu_ = sched_getcpu();
+    size_t next = 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE && next < workers_.size(); ++cpu) {
+      if (CPU_ISSET(cpu, &affinity) && cpu != callers_cpu_) bind(&workers_[next++], cpu);
+    }
+  }
+
+  // The caller is not bound. Where it has moved to a worker's CPU, that worker moves to the one the caller left.
+  void avoid_callers_cpu() {
+    if (callers_cpu_ < 0) return;
+    const int cpu = sched_getcpu();
+    if (cpu == callers_cpu_) return;
+    for (Worker &worker : workers_) {
+      if (worker.cpu != cpu) continue;
+      bind(&worker, callers_cpu_);
+      callers_cpu_ = cpu;
+      return;
+    }
+  }
+
+  static void bind(Worker *worker, int cpu) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    if (pthread_setaffinity_np(worker->handle, sizeof(one), &one) == 0) worker->cpu = cpu;
+  }
+
   void run_chunks() {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
@@ -133,10 +190,7 @@ class Pool {
   }
 
   void wait_done() {
-    for (int spins = 0; spins < kCallerSpins; ++spins) {
-      if (remaining_.load(std::memory_order_acquire) == 0) return;
-      relax();
-    }
+    if (spin_until([this] { return remaining_.load(std::memory_order_acquire) == 0; })) return;
     caller_sleeps_.store(true, std::memory_order_seq_cst);
     for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) futex_wait(&remaining_, left);
     caller_sleeps_.store(false, std::memory_order_relaxed);
@@ -145,12 +199,8 @@ class Pool {
   void work() {
     uint32_t seen = 0;
     for (;;) {
-      uint32_t epoch = epoch_.load(std::memory_order_acquire);
-      for (int spins = 0; epoch == seen && spins < kWorkerSpins; ++spins) {
-        relax();
-        epoch = epoch_.load(std::memory_order_acquire);
-      }
-      if (epoch == seen) {
+      uint32_t epoch = seen;
+      if (!spin_until([&] { return (epoch = epoch_.load(std::memory_order_acquire)) != seen; })) {
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         while ((epoch = epoch_.load(std::memory_order_seq_cst)) == seen) futex_wait(&epoch_, seen);
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
@@ -162,6 +212,8 @@ class Pool {
   }
 
   int threads_;
+  std::vector<Worker> workers_;
+  int callers_cpu_ = -1;  // free of workers; -1: workers are not bound
   std::atomic<bool> busy_{false};
   std::atomic<bool> stop_{false};
   std::atomic<bool> caller_sleeps_{false};

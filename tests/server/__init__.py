@@ -1,0 +1,1 @@
+"""The server, through its HTTP interface and vLLM's commands."""

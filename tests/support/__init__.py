@@ -1,0 +1,1 @@
+"""What the tests of the server and of the engine share."""
