@@ -4,17 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.support import commands
 from tests.support.server import NAME, Server
 from vllm_mindspore.demo import model_path
 
-# vLLM's neutral sampling defaults instead of the checkpoint's, a tool parser, cached tokens in `usage`, and JSON without the
-# endless whitespace that a small model likes.
+# vLLM's neutral sampling defaults instead of the checkpoint's, a tool parser, and cached tokens in `usage`.
 OPTIONS = (
     "--generation-config", "vllm", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
     "--max-num-seqs", "32", "--enable-prompt-tokens-details",
-    "--structured-outputs-config.disable_any_whitespace", "true",
 )  # fmt: skip
 
 
@@ -50,6 +49,13 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start
     for running in started:
         running.stop()
+
+
+@pytest.fixture(scope="package")
+def no_blanks(model: str) -> dict[str, float]:
+    """A logit bias against tokens of nothing but blanks: JSON allows them without end, and a small model likes them."""
+    vocabulary = AutoTokenizer.from_pretrained(model)
+    return {str(i): -100.0 for i in range(len(vocabulary)) if vocabulary.decode([i]).strip() == ""}
 
 
 @pytest.fixture(scope="package")

@@ -38,11 +38,12 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def chat(server):
+def chat(server, no_blanks):
     def call(messages=MESSAGES, **options):
-        return server.openai.chat.completions.create(
-            model=NAME, messages=messages, **{"temperature": 0.0, "max_tokens": 32, **options}
-        )
+        defaults = {"temperature": 0.0, "max_tokens": 32}
+        if options.get("tool_choice") not in (None, "auto", "none"):
+            defaults |= {"max_tokens": 400, "logit_bias": no_blanks}
+        return server.openai.chat.completions.create(model=NAME, messages=messages, **{**defaults, **options})
 
     return call
 
@@ -93,22 +94,22 @@ def check_calls(calls, allowed=("get_weather", "get_time")):
 
 
 def test_a_required_tool_is_called_with_valid_arguments(chat):
-    choice = chat(tools=TOOLS, tool_choice="required", max_tokens=400).choices[0]
+    choice = chat(tools=TOOLS, tool_choice="required").choices[0]
     check_calls(choice.message.tool_calls)
     assert choice.finish_reason == "tool_calls"
 
 
 def test_a_named_tool_is_called_with_valid_arguments(chat):
     named = {"type": "function", "function": {"name": "get_time"}}
-    message = chat(tools=TOOLS, tool_choice=named, max_tokens=200).choices[0].message
+    message = chat(tools=TOOLS, tool_choice=named).choices[0].message
     check_calls(message.tool_calls, ("get_time",))
 
 
 def test_streamed_tool_call_is_the_same(chat):
     named = {"type": "function", "function": {"name": "get_weather"}}
-    whole = chat(tools=TOOLS, tool_choice=named, max_tokens=200).choices[0].message.tool_calls[0]
+    whole = chat(tools=TOOLS, tool_choice=named).choices[0].message.tool_calls[0]
     name = arguments = ""
-    for chunk in chat(tools=TOOLS, tool_choice=named, max_tokens=200, stream=True):
+    for chunk in chat(tools=TOOLS, tool_choice=named, stream=True):
         for call in chunk.choices[0].delta.tool_calls or []:
             name += call.function.name or ""
             arguments += call.function.arguments or ""
