@@ -4,13 +4,14 @@
 #   make test  [ARGS='more options of pytest']
 
 PYTHON ?= python3.11
-VENV ?= $(CURDIR)/.venv
+VLLM ?=
+VENV ?= $(CURDIR)/.venv$(if $(VLLM),-vllm-$(VLLM))
 HOST = 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS =
 
-export PYTHON VENV HOST PORT
+export PYTHON VENV VLLM HOST PORT
 
 .PHONY: help serve test test-slow support-table lint setup setup-test env clean
 
@@ -46,4 +47,4 @@ env: setup
 	@$(VENV)/bin/vllm-mindspore env
 
 clean:
-	rm -rf .venv build vllm_mindspore.egg-info vllm_mindspore/ops/lib
+	rm -rf .venv .venv-vllm-* build vllm_mindspore.egg-info vllm_mindspore/ops/lib

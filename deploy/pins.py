@@ -5,11 +5,13 @@
     python deploy/pins.py status SECTION...    one line each: section, digest of its pins, their number, number missing,
                                                version of the first
 
-A section starts at a line `# [name]` of constraints.txt. A distribution whose installation was interrupted is removed
-from the environment's records, so that pip installs it again instead of believing its version.
+A section starts at a line `# [name]` of constraints.txt. With VLLM=0.33.0 in the environment the pins of
+deploy/constraints-vllm-0.33.0.txt replace those of the same packages. A distribution whose installation was interrupted
+is removed from the environment's records, so that pip installs it again instead of believing its version.
 """
 
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -28,15 +30,22 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_pins(path: Path = CONSTRAINTS) -> dict[str, dict[str, str]]:
-    """{section: {normalized name: version}} for this machine, in the file's order.
+def pin_files() -> list[Path]:
+    """constraints.txt, and what changes in it for the version of vLLM that $VLLM names."""
+    version = os.environ.get("VLLM")
+    return [CONSTRAINTS, CONSTRAINTS.with_name(f"constraints-vllm-{version}.txt")] if version else [CONSTRAINTS]
+
+
+def read_pins(*paths: Path) -> dict[str, dict[str, str]]:
+    """{section: {normalized name: version}} for this machine, in the files' order; later files win.
 
     Raises:
         ValueError: a line is neither a comment nor an exact pin.
     """
     sections: dict[str, dict[str, str]] = {}
     current: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    lines = [(path, *item) for path in paths or pin_files() for item in enumerate(path.read_text().splitlines(), 1)]
+    for path, number, line in lines:
         if heading := SECTION.match(line):
             current = sections.setdefault(heading[1], {})
         text = line.split("#")[0].strip()

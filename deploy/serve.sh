@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Serve a model with the environment of deploy/setup.sh: deploy/serve.sh MODEL [options of vllm serve]
-# An empty MODEL is the demo model of this repository, under the name "demo". Environment: VENV, HOST, PORT.
+# An empty MODEL is the demo model of this repository, under the name "demo". Environment: VENV, VLLM, HOST, PORT.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="${VENV:-$ROOT/.venv}"
+VENV="${VENV:-$ROOT/.venv${VLLM:+-vllm-$VLLM}}"
 MODEL="${1:-}"
 [ $# -eq 0 ] || shift
 NAME=()

@@ -5,8 +5,9 @@
 #   deploy/setup.sh            what `make serve` needs
 #   deploy/setup.sh test       and what `make test` needs
 #
-# Environment: VENV (default .venv in the checkout), PYTHON (default python3.11), TORCH_INDEX_URL (index of a CPU build
-# of PyTorch), and pip's own variables for the package index.
+# Environment: VENV (default .venv in the checkout), PYTHON (default python3.11), VLLM (another version of vLLM, with a
+# virtual environment of its own: .venv-vllm-$VLLM), TORCH_INDEX_URL (index of a CPU build of PyTorch), and pip's own
+# variables for the package index.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,7 +22,8 @@ test) WITH_TESTS=1 ;;
     ;;
 esac
 PYTHON="${PYTHON:-python3.11}"
-VENV="${VENV:-$ROOT/.venv}"
+VLLM="${VLLM:-}"
+VENV="${VENV:-$ROOT/.venv${VLLM:+-vllm-$VLLM}}"
 VENV_PYTHON="$VENV/bin/python"
 STAMPS="$VENV/.setup"
 LOG="$ROOT/build/setup.log"
@@ -77,6 +79,8 @@ start_ticker() {
 
 digest() { sha256sum | cut -c1-16; }
 
+other_versions() { find deploy -name 'constraints-vllm-*.txt' | sed 's/.*-vllm-//; s/\.txt$//' | sort | tr '\n' ' '; }
+
 pins() { "$VENV_PYTHON" -I deploy/pins.py "$@"; }
 
 is_done() { [ "$(cat "$STAMPS/$1" 2>/dev/null)" = "$2" ]; }
@@ -128,6 +132,8 @@ pinned_step() {
 }
 
 check_machine() {
+    [ -z "$VLLM" ] || [ -f "deploy/constraints-vllm-$VLLM.txt" ] ||
+        stop "VLLM=$VLLM: no such version is pinned. Leave VLLM out, or take one of: $(other_versions)"
     command -v g++ >/dev/null ||
         stop "g++ is needed to compile the operators. Install it (Debian and Ubuntu: apt-get install g++)."
     command -v flock >/dev/null || stop "flock is needed (package util-linux)."

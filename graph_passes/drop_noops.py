@@ -2,6 +2,7 @@
 
 reshape(reshape(x, a), b)   →  reshape(x, b)
 reshape(x, x.shape)   →  x
+transpose(transpose(x, a, b), a, b)   →  x
 expand(x, x.shape)    →  x
 slice(x, 0, all)      →  x
 slice(slice_scatter(x, y, d, a, b), d, a, b)   →  y
@@ -43,11 +44,23 @@ def run(graph: Graph) -> int:
             graph.erase_node(node)
             dropped += 1
             continue
+        if is_call(node, aten.transpose.int) and _undoes_transpose(node, node.args[0]):
+            node.replace_all_uses_with(node.args[0].args[0])
+            graph.erase_node(node)
+            dropped += 1
+            continue
         if _is_noop(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             dropped += 1
     return dropped
+
+
+def _undoes_transpose(node: Node, before: Node) -> bool:
+    if not is_call(before, aten.transpose.int):
+        return False
+    rank = node.meta["val"].dim()
+    return {dim % rank for dim in node.args[1:]} == {dim % rank for dim in before.args[1:]}
 
 
 def _reads_what_was_written(node: Node) -> bool:

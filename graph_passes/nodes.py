@@ -35,6 +35,13 @@ def create(graph: Graph, name: str, values: dict[str, object], fake: object) -> 
     return node
 
 
+def call(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:
+    """A call of any operator on nodes at the graph's insert point; its fake value is computed from theirs."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
 def replace(graph: Graph, old: Node, name: str, values: dict[str, object], fake: object = None) -> Node:
     """Put a call of our operator in the place of `old`."""
     with graph.inserting_before(old):

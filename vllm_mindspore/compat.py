@@ -1,5 +1,10 @@
-"""Which versions of the packages underneath can work, checked from their metadata: nothing heavy is imported."""
+"""Which versions of the packages underneath can work, checked from their metadata, and what differs between them.
 
+Importing this module imports nothing heavy; the functions at its end import what they need of vLLM.
+"""
+
+import importlib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -111,3 +116,31 @@ def require_supported_environment() -> None:
     problems = check_environment()
     if problems:
         raise UnsupportedEnvironmentError(problems)
+
+
+def _kv_cache_planning():
+    """vLLM's module that sizes and groups KV caches: `kv_cache_utils` in 0.32, `kv_cache_planning` from 0.33 on."""
+    moved = "vllm.v1.core.kv_cache_planning"
+    return importlib.import_module(moved if importlib.util.find_spec(moved) else "vllm.v1.core.kv_cache_utils")
+
+
+def kv_cache_groups(vllm_config, specs: dict) -> list:
+    """The KV cache groups (`KVCacheGroupSpec`) that vLLM's engine forms from {layer name: `KVCacheSpec`}.
+
+    From 0.33 on a builder, chosen by the platform, groups the layers, and lets models have a say.
+    """
+    planning = _kv_cache_planning()
+    if not hasattr(planning, "get_kv_cache_groups_from_builder"):
+        return planning.get_kv_cache_groups(vllm_config, specs)
+    builder = importlib.import_module("vllm.v1.core.kv_cache_config_builder").get_kv_cache_config_builder(vllm_config)
+    return planning.get_kv_cache_groups_from_builder(builder, vllm_config, specs)
+
+
+def kv_cache_config(vllm_config, groups: list, num_blocks: int):
+    """vLLM's `KVCacheConfig` of `groups` with exactly `num_blocks` blocks, whatever --num-gpu-blocks-override says."""
+    cache = vllm_config.cache_config
+    override, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, num_blocks
+    try:
+        return _kv_cache_planning().get_kv_cache_config_from_groups(vllm_config, groups, available_memory=0)
+    finally:
+        cache.num_gpu_blocks_override = override

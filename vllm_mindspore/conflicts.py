@@ -5,10 +5,13 @@ from importlib import metadata
 
 ROOTS = ("vllm-mindspore", "vllm", "torch", "mindspore")
 
-# (distribution, requirement) -> why it may stay; deploy/constraints.txt tells the same.
+# (distribution, requirement) -> why it may stay; deploy/constraints*.txt tell the same.
 KNOWN = {
     ("opencv-python-headless", "numpy"): (
         "vLLM wants opencv-python-headless>=4.13, which declares numpy>=2 but runs with NumPy 1.26; MindSpore needs 1.x"
+    ),
+    ("vllm", "certifi"): (
+        "vLLM 0.33 wants a newer list of certificate authorities than the package index had; only HTTPS depends on it"
     ),
 }
 

@@ -37,8 +37,9 @@ def register_platform() -> str:
 
 
 def register() -> None:
-    """Register what vLLM's own registries take: environment variables and (later) models of ours."""
-    from vllm_mindspore import options, processes
+    """Register what vLLM's own registries take: environment variables and models of ours."""
+    from vllm_mindspore import models, options, processes
 
     options.register_environment()
+    models.register()
     processes.exit_with_parent()

@@ -28,26 +28,20 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def support_table(results: dict[tuple[str, str], str]) -> str:
-    """The table in Markdown: one row for each family that vLLM serves, then what vLLM does not serve and why."""
+    """The table in Markdown: one row for each family."""
     rows = [
-        "| family | vLLM class | compared with | float32: tokens and logits equal | bfloat16: KL not above Hugging Face's |",
+        "| family | class | compared with | float32: tokens and logits equal | bfloat16: KL not above Hugging Face's |",
         "|---|---|---|---|---|",
     ]
     for name, family in FAMILIES.items():
-        if family.vllm_class:
-            cells = [WORDS[results.get((name, dtype))] for dtype in ("float32", "bfloat16")]
-            rows.append(f"| {name} | `{family.vllm_class}` | {family.reference} | {cells[0]} | {cells[1]} |")
-    rows.append("")
-    for name, family in FAMILIES.items():
-        if not family.vllm_class:
-            rows.append(f"Not served: {name}. {family.notes}")
+        cells = [WORDS[results.get((name, dtype))] for dtype in ("float32", "bfloat16")]
+        rows.append(f"| {name} | `{family.vllm_class}` | {family.reference} | {cells[0]} | {cells[1]} |")
     return "\n".join(rows)
 
 
 def pytest_sessionfinish(session) -> None:
     target = os.environ.get("VLLM_MS_SUPPORT_TABLE")
-    served = [name for name, family in FAMILIES.items() if family.vllm_class]
-    if not target or {name for name, _ in _results} != set(served) or len(_results) != 2 * len(served):
+    if not target or {name for name, _ in _results} != set(FAMILIES) or len(_results) != 2 * len(FAMILIES):
         return
     path = Path(target)
     before, rest = path.read_text().split(BEGIN)

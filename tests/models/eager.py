@@ -1,4 +1,4 @@
-"""Runs families through vLLM's own model classes in plain PyTorch and prints how far they are from the reference.
+"""Runs families through the model classes that serve them in plain PyTorch and prints how far they are from the reference.
 
     python -m tests.models.eager FAMILY...        one JSON object per line: name, class, module, error, greedy
 
@@ -166,6 +166,9 @@ def main() -> None:
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import registry
 
+    from vllm_mindspore import models
+
+    models.register()
     registry._run_in_subprocess = lambda inspect: inspect()
     Attention.forward = attention
     torch.accelerator.empty_cache = lambda: None  # the loader calls it on every platform; it raises without a device

@@ -1,4 +1,4 @@
-"""The dense families vLLM serves, each as a tiny random model with the real architecture.
+"""The dense families that are served, each as a tiny random model with the real architecture.
 
 The dimensions are chosen to be awkward on purpose: odd intermediate sizes, GQA ratios from 1 to 7, head sizes from 16
 to 128 that are rarely powers of two, a vocabulary that is not a multiple of 64, sliding windows far shorter than the
@@ -345,4 +345,3 @@ _GPTS = [
 ]
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *HUB_FAMILIES)}
-SERVED: tuple[str, ...] = tuple(name for name, f in FAMILIES.items() if f.vllm_class)

@@ -35,20 +35,19 @@ class Family:
 
     config: builds the configuration of the *reference* class. With `hub_format`, the checkpoint on disk gets the
     family's own configuration and tensor names instead, and the reference's are kept in its subfolder `reference`.
-    vllm_class: the class vLLM resolves `architecture` to; None when vLLM 0.32 refuses it with `refusal` (a regex).
+    vllm_class: the class vLLM resolves `architecture` to: its own, or one that `vllm_mindspore.models` registers.
     llm: extra arguments of `vllm.LLM`.
     """
 
     name: str
     architecture: str
     config: Callable[[], PreTrainedConfig]
-    vllm_class: str | None
+    vllm_class: str
     reference: str = "hf"
     hub_format: HubFormat | None = None
     llm: Mapping[str, Any] = field(default_factory=dict)
     scales: Scales = Scales()
     seed: int = 0
-    refusal: str | None = None
     notes: str = ""
 
 

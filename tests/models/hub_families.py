@@ -6,7 +6,6 @@ from . import hub_formats
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 
 REMOTE = {"trust_remote_code": True}
-REMOVED_FROM_VLLM = r"was supported in vLLM until v0\.23\.0"
 
 HUB_FAMILIES = [
     Family(
@@ -76,24 +75,22 @@ HUB_FAMILIES = [
         "baichuan-7b",
         "BaiChuanForCausalLM",
         make(LlamaConfig, **dims(128, 4, 4, 245)),
-        None,
+        "BaiChuanForCausalLM",
         reference="hf-as LlamaForCausalLM",
         hub_format=hub_formats.BAICHUAN,
         llm=REMOTE,
-        refusal=REMOVED_FROM_VLLM,
-        notes="q, k, v packed in W_pack",
+        notes="a class of ours; q, k, v packed in W_pack",
         seed=2,
     ),
     Family(
         "baichuan-13b",
         "BaichuanForCausalLM",
         make(LlamaConfig, **dims(120, 5, 5, 247)),
-        None,
+        "BaichuanForCausalLM",
         reference="hf+alibi",
         hub_format=hub_formats.BAICHUAN,
         llm=REMOTE,
-        refusal=REMOVED_FROM_VLLM,
-        notes="ALiBi on 5 heads instead of rotary",
+        notes="a class of ours; ALiBi on 5 heads instead of rotary",
         seed=1,
     ),
 ]

@@ -37,9 +37,20 @@ def test_every_installed_package_is_pinned_in_its_version():
 def test_conflicts_are_known_and_listed_in_the_constraints_file():
     found = conflicts.find_conflicts()
     assert [str(conflict) for conflict in found if conflict.reason is None] == []
-    text = (ROOT / "deploy" / "constraints.txt").read_text()
+    text = "".join(path.read_text() for path in pins.pin_files())
     for conflict in found:
         assert f"{conflict.distribution} {conflict.version} has requirement {conflict.requirement}" in text
+
+
+def test_another_version_of_vllm_replaces_its_pins_and_nothing_else(monkeypatch):
+    monkeypatch.delenv("VLLM", raising=False)
+    usual = pins.read_pins()
+    monkeypatch.setenv("VLLM", "0.33.0")
+    other = pins.read_pins()
+    assert other["vllm"] == {"vllm": "0.33.0"} != usual["vllm"]
+    assert other.keys() == usual.keys()
+    for section in other.keys() - {"vllm"}:
+        assert other[section].items() >= usual[section].items()
 
 
 def test_test_tools_are_pinned():

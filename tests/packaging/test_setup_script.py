@@ -22,7 +22,7 @@ def checkout(tmp_path) -> Path:
 
 
 def set_up(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "VLLM")}
     environment |= {"PYTHON": sys.executable, **variables}
     command = ["bash", checkout / "deploy" / "setup.sh", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -53,6 +53,18 @@ def test_missing_compiler_is_named(checkout, tmp_path):
 
 def test_unknown_argument_is_refused(checkout):
     assert set_up(checkout, "tests").returncode == 2
+
+
+def test_version_of_vllm_without_pins_is_refused_with_those_that_have_some(checkout):
+    done = set_up(checkout, VLLM="0.31.0")
+    assert done.returncode == 1
+    assert "VLLM=0.31.0: no such version is pinned" in done.stderr and "0.33.0" in done.stderr
+
+
+def test_another_version_of_vllm_gets_an_environment_of_its_own(checkout):
+    done = set_up(checkout, VLLM="0.33.0", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    assert "virtual environment in .venv-vllm-0.33.0" in done.stdout
+    assert not (checkout / ".venv").exists()
 
 
 def test_folder_that_is_no_environment_is_left_alone(checkout, tmp_path):
@@ -104,7 +116,7 @@ def test_set_up_from_nothing_survives_being_killed_again_and_again(tmp_path):
     checkout = tmp_path / "checkout"
     skipped = shutil.ignore_patterns(".git", ".venv", "build", "lib", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=skipped)
-    environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "VLLM")}
     command = ["make", "setup-test"]
     for seconds in (2, 8, 20, 30, 60, 60):
         process = subprocess.Popen(command, cwd=checkout, env=environment, start_new_session=True)

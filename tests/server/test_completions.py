@@ -9,10 +9,6 @@ from tests.support.server import NAME
 PROMPT = "Return a new list containing the names of all files in the given directory."
 
 
-def top(choice) -> list[int]:
-    return choice.token_ids
-
-
 @pytest.fixture(scope="module")
 def greedy(complete):
     return complete(PROMPT, max_tokens=40, ignore_eos=True).choices[0]
@@ -74,9 +70,10 @@ def test_cached_prefix_is_reported_and_changes_nothing(complete):
 
 
 def test_seed_repeats_and_another_seed_differs(complete):
-    texts = {seed: complete(PROMPT, temperature=1.0, seed=seed).choices[0].text for seed in (1, 2, 3)}
+    options = {"temperature": 1.0, "ignore_eos": True}
+    texts = {seed: complete(PROMPT, seed=seed, **options).choices[0].text for seed in (1, 2, 3)}
     assert len(set(texts.values())) == 3
-    assert complete(PROMPT, temperature=1.0, seed=2).choices[0].text == texts[2]
+    assert complete(PROMPT, seed=2, **options).choices[0].text == texts[2]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +118,6 @@ def test_frequency_penalty_balances_what_it_may_choose_from(complete):
     counts = [complete("Return", frequency_penalty=value, **options).choices[0].token_ids.count(1000) for value in (0, 2)]
     assert abs(counts[1] - 30) <= 12
     assert abs(counts[1] - 30) <= abs(counts[0] - 30)
-
-
-def test_presence_penalty_spreads_the_choice(complete):
-    options = {"max_tokens": 60, "ignore_eos": True, "allowed_token_ids": list(range(1000, 1100))}
-    distinct = [len(set(complete("A", presence_penalty=p, **options).choices[0].token_ids)) for p in (-2.0, 0.0, 2.0)]
-    assert distinct[0] <= distinct[1] < distinct[2]
 
 
 def test_bad_words_do_not_appear(complete, greedy, server):
@@ -184,7 +175,8 @@ def test_prompt_logprobs_agree_with_those_of_decoding(complete, server, greedy):
 
 
 def test_echo_returns_the_prompt_and_its_logprobs(complete, server):
-    choice = complete(PROMPT, echo=True, logprobs=0, max_tokens=4, ignore_eos=True).choices[0]
+    options = {"echo": True, "logprobs": 0, "max_tokens": 4, "ignore_eos": True}
+    choice = complete(PROMPT, return_token_ids=False, **options).choices[0]  # vLLM echoes token ids instead, if asked
     assert choice.text.startswith(PROMPT)
     prompt_length = len(server.tokens(PROMPT))
     assert len(choice.logprobs.token_logprobs) == prompt_length + 4 and choice.logprobs.token_logprobs[0] is None

@@ -2,9 +2,9 @@
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
+from vllm_mindspore import compat
 from vllm_mindspore.worker.model_capture import attention_layers, cache_owner
 
 
@@ -19,4 +19,4 @@ def specs_of_model(vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
 
 def of_model(vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:
     """vLLM's groups of layers that share block tables."""
-    return get_kv_cache_groups(vllm_config, specs_of_model(vllm_config))
+    return compat.kv_cache_groups(vllm_config, specs_of_model(vllm_config))

@@ -10,9 +10,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
@@ -106,13 +106,7 @@ class MindSporeModelRunner(CPUModelRunner):
         logger.info("graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin)
 
     def _initialize_small_kv_cache(self) -> None:
-        groups = kv_groups.of_model(self.vllm_config)
-        cache = self.cache_config
-        override, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 2
-        try:
-            config = get_kv_cache_config_from_groups(self.vllm_config, groups, available_memory=0)
-        finally:
-            cache.num_gpu_blocks_override = override
+        config = compat.kv_cache_config(self.vllm_config, kv_groups.of_model(self.vllm_config), num_blocks=2)
         self.initialize_kv_cache(config, is_profiling=True)
 
     def initialize_kv_cache_tensors(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context=None):

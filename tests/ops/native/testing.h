@@ -91,8 +91,8 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
-// Values stored as `dtype`, with what they are as floats. The buffer has exactly n elements at an odd address offset,
-// so that over-reads and alignment assumptions show under valgrind or a sanitizer, and in wrong results.
+// Values stored as `dtype`, with what they are as floats. The buffer has exactly n elements, so that an over-read shows
+// under a sanitizer.
 class Stored {
  public:
   Stored(const std::vector<float> &values, vllm_ms::DType dtype) : dtype_(dtype), floats(values) {

@@ -23,7 +23,7 @@ namespace vllm_ms {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kChunksPerThread = 4;
+constexpr int kChunksPerThread = 8;
 constexpr int64_t kSpinNanoseconds = 100000;  // longer than the gap between two operators of one graph
 
 void relax() {
