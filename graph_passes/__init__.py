@@ -5,12 +5,14 @@
 """
 
 from vllm_mindspore.graph_passes import (
+    drop_batch,
     drop_noops,
     fuse_activation,
     fuse_attention,
     fuse_bias,
     fuse_norm,
     fuse_residual,
+    fuse_rotary,
     merge_duplicates,
 )
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
@@ -18,6 +20,8 @@ from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassRepo
 PASSES: list[GraphPass] = [
     GraphPass("drop_noops", drop_noops.run),
     GraphPass("merge_duplicates", merge_duplicates.run),
+    GraphPass("fuse_rotary", fuse_rotary.run),
+    GraphPass("drop_batch", drop_batch.run),
     GraphPass("fuse_attention", fuse_attention.run),
     GraphPass("fuse_bias", fuse_bias.run),
     GraphPass("fuse_activation", fuse_activation.run),

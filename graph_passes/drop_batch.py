@@ -52,7 +52,7 @@ def _target(shape: torch.Size) -> list[int] | None:
 def _put_back(graph: Graph, old: Node, new: Node, rank: int) -> None:
     """Replace `old` by `new`, which is `old` but for its `rank`, reshaped to the shape of `old`."""
     value = old.meta["val"]
-    new.meta["val"] = value.view(value.shape[value.dim() - rank :])
+    new.meta["val"] = value.reshape(value.shape[value.dim() - rank :])
     restored = call(graph, RESHAPE, new, _target(old.meta["val"].shape))
     old.replace_all_uses_with(restored)
     graph.erase_node(old)
@@ -79,8 +79,8 @@ def _binary(graph: Graph, node: Node) -> bool:
         return False
     shapes = [operand.meta["val"].shape for operand in node.args[:2]]
     batch = [shape[: len(shape) - rank] for shape in shapes if len(shape) > rank]
-    whole = any(_target(shape) is None for shape in shapes)
-    if whole or not batch or not all(same_size(size, 1) for sizes in batch for size in sizes):
+    unknown = any(_target(shape) is None for shape in shapes)
+    if unknown or not batch or not all(same_size(size, 1) for sizes in batch for size in sizes):
         return False
     with graph.inserting_before(node):
         operands = [_operand(graph, operand, rank) for operand in node.args[:2]]
@@ -89,7 +89,9 @@ def _binary(graph: Graph, node: Node) -> bool:
 
 
 def _operand(graph: Graph, node: Node, rank: int) -> Node:
-    shape = node.meta["val"].shape
+    shape, x = node.meta["val"].shape, _without_batch(node)
+    if x is not None and x.meta["val"].dim() == rank:
+        return x
     return node if len(shape) <= rank else call(graph, RESHAPE, node, _target(shape[len(shape) - rank :]))
 
 

@@ -88,13 +88,17 @@ def _joins_last(cat: Node, count: int) -> bool:
 
 
 def _is_slice(node: object, source: Node, begin: int, end: int) -> bool:
-    """Whether `node` is source[..., begin:end]."""
+    """Whether `node` is source[..., begin:end], as a slice or as a part of a split."""
+    last = source.meta["val"].dim() - 1
+    if is_call(node, python_operator.getitem) and is_call(node.args[0], *SPLITS) and node.args[0].args[0] is source:
+        sizes = [part.shape[-1] for part in node.args[0].meta["val"]]
+        dim, first = (*node.args[0].args[2:], 0)[0], sum(sizes[: node.args[1]])
+        return dim in (-1, last) and (first, first + sizes[node.args[1]]) == (begin, end)
     if not is_call(node, aten.slice.Tensor) or node.args[0] is not source:
         return False
     dim, low, high, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    width = source.meta["val"].shape[-1]
-    high = width if high is None or high == sys.maxsize else high
-    return dim in (-1, source.meta["val"].dim() - 1) and (low or 0) == begin and high == end and step == 1
+    high = source.meta["val"].shape[-1] if high is None or high == sys.maxsize else high
+    return dim in (-1, last) and (low or 0) == begin and high == end and step == 1
 
 
 def _whole_heads(end: Node, part: Node, cos: Node, sin: Node) -> _Rotation:
@@ -196,6 +200,8 @@ def _computed_table(graph: Graph, rotation: _Rotation) -> tuple[Node, Node] | No
 
 def _move_to_the_top(node: Node) -> None:
     """Move `node` and what it is computed from before the first computation: layers that are alike then stay alike."""
+    if node.op != "call_function":
+        return
     needed, pending = {node}, [node]
     while pending:
         for operand in pending.pop().all_input_nodes:

@@ -33,8 +33,8 @@ def main() -> None:
         kv_cache_memory_bytes=KV_CACHE,
         enable_prefix_caching=False,
     )
-    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
-    weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in worker.get_model().parameters()}.values())
     parameters = vllm.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
     measured = []
     for number in range(int(sys.argv[2])):
@@ -42,8 +42,7 @@ def main() -> None:
         prompts = [{"prompt_token_ids": [(i * 7 + number) % 1000 for i in range(length)]} for length in lengths]
         llm.generate(prompts, parameters, use_tqdm=False)
         measured.append(resident())
-    caches = [c for c in llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_caches]
-    kv_cache = sum(cache.numel() * cache.element_size() for cache in caches)
+    kv_cache = sum(cache.numel() * cache.element_size() for cache in worker.model_runner.kv_caches)
     print(json.dumps(dict(libraries=libraries, weights=weights, kv_cache=kv_cache, measured=measured)))
     assert mindspore.__version__
 

@@ -15,11 +15,15 @@ own = torch.ops.vllm_ms
 
 
 def captured(function, **shapes: tuple[int, ...]) -> CapturedGraph:
-    """`function` of float32 tensors with the given shapes, captured and legalized; a first size of 7 is symbolic."""
+    """`function` of tensors with the given shapes, captured and legalized; a first size of 7 is symbolic.
+
+    Tensors are float32, `positions` int64.
+    """
     capture = Capture("test")
     for name, shape in shapes.items():
         kind = "tensor" if 7 in shape else "weight"
-        capture.add_input(kind, name, shape, torch.float32, dynamic=(0,) if kind == "tensor" else ())
+        dtype = torch.int64 if name == "positions" else torch.float32
+        capture.add_input(kind, name, shape, dtype, dynamic=(0,) if kind == "tensor" else ())
     graph = capture.trace(lambda tensors: function(*tensors))
     legalize(graph)
     return graph
@@ -28,6 +32,15 @@ def captured(function, **shapes: tuple[int, ...]) -> CapturedGraph:
 def operators(graph: torch.fx.Graph) -> dict[str, int]:
     """How often each operator occurs."""
     return dict(Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function"))
+
+
+def run(graph_pass, function, **shapes):
+    """(matches, operators afterwards, graph) of one pass on one function."""
+    graph = captured(function, **shapes).module.graph
+    matches = graph_pass.run(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return matches, operators(graph), graph
 
 
 def traced(function, *tensors: torch.Tensor) -> torch.fx.Graph:

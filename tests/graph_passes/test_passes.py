@@ -17,22 +17,23 @@ from vllm_mindspore.graph_passes import (
 from vllm_mindspore.graph_passes.manager import UnknownPassError
 from vllm_mindspore.graph_passes.nodes import arguments, calls
 
-from .graphs import captured, linear, operators, own
-
-
-def run(graph_pass, function, **shapes):
-    """(matches, operators afterwards, graph) of one pass on one function."""
-    graph = captured(function, **shapes).module.graph
-    matches = graph_pass.run(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
-    return matches, operators(graph), graph
+from .graphs import captured, linear, own, run
 
 
 def test_views_of_views_and_neutral_arithmetic_disappear():
     matches, left, _ = run(drop_noops, lambda x: (x.view(-1, 2, 3).view(-1, 6) * 1.0 + 0)[0:], x=(7, 6))
     assert left == {}
     assert matches >= 4
+
+
+def test_a_transpose_and_its_inverse_disappear():
+    function = lambda x: x.view(-1, 2, 3).transpose(1, 2).transpose(-1, -2)  # noqa: E731
+    assert run(drop_noops, function, x=(7, 6))[1] == {"aten.reshape.default": 1}
+
+
+def test_two_different_transposes_stay():
+    function = lambda x: x.view(-1, 2, 3).transpose(1, 2).transpose(0, 1)  # noqa: E731
+    assert run(drop_noops, function, x=(7, 6))[1]["aten.transpose.int"] == 2
 
 
 def test_arithmetic_that_changes_the_type_stays():

@@ -1,4 +1,4 @@
-"""Runs families through the model classes that serve them in plain PyTorch and prints how far they are from the reference.
+"""Runs families through the classes that serve them in plain PyTorch and prints how far they are from the reference.
 
     python -m tests.models.eager FAMILY...        one JSON object per line: name, class, module, error, greedy
 

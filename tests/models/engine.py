@@ -19,6 +19,9 @@ def engine(name: str, dtype: str = "float32", **options) -> Iterator:
     The engine lives in this process, which is faster, except for families that vLLM serves by rewriting Hugging Face's
     own classes: the reference needs them as they were.
     """
+    from vllm.platforms import current_platform
+
+    assert current_platform.device_name  # chosen now: the environment variables it sets must outlive the patch below
     rewrites_classes = FAMILIES[name].vllm_class.startswith("Transformers")
     with mock.patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(rewrites_classes))):
         yield from _engine(name, dtype, options)

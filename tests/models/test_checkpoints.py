@@ -171,6 +171,7 @@ def test_model_classes_in_plain_pytorch_equal_the_references():
     results = {r["name"]: r for r in (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))}
     assert results.keys() == set(FAMILIES)
     for name, result in results.items():
-        assert result["class"] == FAMILIES[name].vllm_class and result["module"].startswith(("vllm.", "vllm_mindspore.models."))
+        assert result["class"] == FAMILIES[name].vllm_class
+        assert result["module"].startswith(("vllm.", "vllm_mindspore.models."))
         assert math.isfinite(result["error"]) and result["error"] < 5e-5, result
         assert result["greedy"], result

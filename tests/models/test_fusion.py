@@ -1,17 +1,23 @@
 """The passes find in every family what they should: a pass that finds nothing where it should is a failing test."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from .checkpoints import checkpoint
 from .families import FAMILIES
 
 # family -> matches of (fuse_attention, fuse_activation, fuse_residual, fuse_norm) in its 3 layers (hybrids: 4).
-# Gemma, GLM-4 and EXAONE 4 normalize what attention and MLP return, so their residuals are no linear's; Granite and
-# MiniCPM scale it first. Post-norm models (OPT-350m, EXAONE 4) have no norm before their linears.
+# Gemma, GLM-4, OLMo 2 and EXAONE 4 normalize what attention and MLP return, so their residuals are no linear's; Granite
+# and MiniCPM scale it first. Post-norm models (OPT-350m, OLMo 2, EXAONE 4) have no norm before their linears.
 PRE_NORM = (3, 3, 6, 6)
 EXPECTED = {
     **dict.fromkeys(["llama2", "llama3", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen3", "phi3"], PRE_NORM),
     **dict.fromkeys(["stablelm", "opt", "gpt2", "internlm3", "exaone3", "pangu-embedded", "falcon-alibi"], PRE_NORM),
+    **dict.fromkeys(["phi3-longrope", "phi3-longrope-long", "baichuan-7b", "baichuan-13b"], PRE_NORM),
     "glm4": (3, 3, 0, 6),
     "granite": (3, 3, 0, 6),
     "minicpm": (3, 3, 0, 6),
@@ -23,39 +29,59 @@ EXPECTED = {
     "falcon-new": (3, 3, 3, 6),
     # q, k and v are interleaved by KV head in one projection: not the row the fused attention reads.
     "internlm2": (0, 3, 6, 6),
-    # Hugging Face's rotary embedding, in the graph as arithmetic.
-    "phi3-longrope": (0, 3, 6, 6),
-    "phi3-longrope-long": (0, 3, 6, 6),
-    "olmo2": (0, 0, 0, 0),
+    "olmo2": (3, 3, 0, 0),
 }
-CLASSES = {"gemma2": 2, "gemma3": 2, "exaone4": 2}
+# Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
+ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}
+REWRITTEN = [name for name, family in FAMILIES.items() if family.vllm_class.startswith("Transformers")]
 
 
-@pytest.fixture(scope="module")
-def inspected():
-    """name → the model graph of a family, captured and lowered without weights."""
+def inspect(name: str, **more) -> tuple[dict[str, int], int, int]:
+    """(matches of each pass, layer classes, operators) of a family's model graph, lowered without weights."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_mindspore.worker import inspection
 
-    def inspect(name: str):
-        options = {"max_model_len": 256, **FAMILIES[name].llm}
-        engine = EngineArgs(model=str(checkpoint(name)), dtype="float32", load_format="dummy", **options)
-        return inspection.inspect(engine.create_engine_config())[0]
+    options = {"max_model_len": 256, **FAMILIES[name].llm, **more}
+    engine = EngineArgs(model=str(checkpoint(name)), dtype="float32", load_format="dummy", **options)
+    graph = inspection.inspect(engine.create_engine_config())[0]
+    matches = {report.name: report.matches for report in graph.passes}
+    return matches, graph.emitted.layer_classes, sum(graph.emitted.operators.values())
 
-    return inspect
+
+def inspect_alone(name: str, **more) -> tuple[dict[str, int], int, int]:
+    """The same in a process of its own: vLLM's Transformers backend rewrites Hugging Face's classes."""
+    call = f"inspect({name!r}, **{more!r})"
+    code = f"import json; from tests.models.test_fusion import inspect; print(json.dumps({call}))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return tuple(json.loads(result.stdout.splitlines()[-1]))
+
+
+def main_fusions(matches: dict[str, int]) -> tuple[int, ...]:
+    return tuple(matches[name] for name in ("fuse_attention", "fuse_activation", "fuse_residual", "fuse_norm"))
 
 
 def test_every_served_family_is_expected_something_of():
     assert set(EXPECTED) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "olmo2"])
-def test_passes_match_as_often_as_the_architecture_says(name, inspected):
-    graph = inspected(name)
-    matches = {report.name: report.matches for report in graph.passes}
-    found = tuple(matches[p] for p in ("fuse_attention", "fuse_activation", "fuse_residual", "fuse_norm"))
-    assert found == EXPECTED[name]
-    if found == PRE_NORM:
-        assert graph.emitted.layer_classes == CLASSES.get(name, 1)
-        assert sum(graph.emitted.operators.values()) <= 5 * 3 + 6, "more than five operators a layer"
+@pytest.mark.parametrize("name", EXPECTED)
+def test_passes_match_as_often_as_the_architecture_says(name):
+    matches, layer_classes, operators = inspect_alone(name) if name in REWRITTEN else inspect(name)
+    assert main_fusions(matches) == EXPECTED[name]
+    assert matches["fuse_rotary"] == ROTARY.get(name, 0)
+    assert (matches["drop_batch"] > 0) == (name in REWRITTEN)
+    if EXPECTED[name] == PRE_NORM:
+        assert layer_classes == 1
+        assert operators <= 5 * 3 + 6, "more than five operators a layer"
+
+
+@pytest.mark.parametrize("name", ["llama2", "qwen3"])
+def test_hugging_faces_own_code_is_fused_like_vllms(name):
+    """vLLM's Transformers backend: a batch dimension everywhere, rotary embedding as arithmetic."""
+    matches, layer_classes, _ = inspect_alone(name, model_impl="transformers")
+    assert main_fusions(matches) == PRE_NORM
+    assert matches["fuse_rotary"] == 6
+    assert layer_classes == 1

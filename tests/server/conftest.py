@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.support import commands
+from tests.support import checkpoints, commands
 from tests.support.server import NAME, Server
 from vllm_mindspore.demo import model_path
 
@@ -49,6 +49,21 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start
     for running in started:
         running.stop()
+
+
+@pytest.fixture(scope="session")
+def large_checkpoint(session_tmp: Path) -> Path:
+    """Random weights in the shape of Qwen3-0.6B, bf16, 1.2 GB on disk, with the demo model's tokenizer."""
+    return checkpoints.write(
+        session_tmp / "qwen3-0.6b", model_path(), hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=3072, vocab_size=151936, max_position_embeddings=40960,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def wide_vocabulary(tmp_path: Path) -> Path:
+    """A configuration without weights: `vllm bench latency` draws token ids up to 10,000."""
+    return checkpoints.write(tmp_path / "wide", model_path(), weights=False, vocab_size=10240)
 
 
 @pytest.fixture(scope="package")

@@ -60,6 +60,21 @@ TEST(parallel_for_covers_every_range) {
   set_num_threads(before);
 }
 
+TEST(parallel_for_in_quick_succession) {
+  const int before = num_threads();
+  set_num_threads(8);
+  std::atomic<int64_t> visited{0};
+  int64_t expected = 0;
+  for (int repeat = 0; repeat < 200000; ++repeat) {  // jobs of different sizes, over before a late worker looks
+    const int64_t n = repeat % 2 == 0 ? 2 : 30;
+    expected += n;
+    parallel_for(n, 1, [&](int64_t begin, int64_t end) { visited += end - begin; });
+    if (visited != expected) break;
+  }
+  CHECK(visited == expected) << visited.load() << " for " << expected;
+  set_num_threads(before);
+}
+
 TEST(parallel_for_from_many_threads_and_nested) {
   const int before = num_threads();
   set_num_threads(3);

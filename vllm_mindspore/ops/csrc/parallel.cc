@@ -79,8 +79,9 @@ int default_num_threads() {
   return std::max(1, CPU_COUNT(&set));
 }
 
-// One job at a time. `ticket_` holds (epoch << 32 | next chunk): claiming a chunk is one compare-and-swap, which can
-// only succeed while the job whose fields were read still has chunks, so a late worker never touches a finished job.
+// One job at a time. `ticket_` holds (epoch << 32 | chunks nobody has claimed). A thread claims one by reading the ticket,
+// then the job's fields, then taking one off the ticket by compare-and-swap. Where that succeeds the job had a chunk left
+// all the while, so it was not over and its fields were not being replaced: a late worker never runs a mixture of jobs.
 class Pool {
  public:
   explicit Pool(int threads) : threads_(1) {
@@ -114,10 +115,9 @@ class Pool {
     chunk_.store(chunk, std::memory_order_relaxed);
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
-    chunks_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
     remaining_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-    ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_release);
+    ticket_.store(static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(chunks), std::memory_order_release);
     epoch_.store(epoch, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&epoch_);
     run_chunks();
@@ -170,22 +170,20 @@ class Pool {
 
   void run_chunks() {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    for (;;) {
+    while (static_cast<uint32_t>(ticket) != 0) {
       const int64_t n = n_.load(std::memory_order_relaxed);
       const int64_t chunk = chunk_.load(std::memory_order_relaxed);
       const ParallelBody body = body_.load(std::memory_order_relaxed);
       void *context = context_.load(std::memory_order_relaxed);
-      const uint32_t chunks = chunks_.load(std::memory_order_relaxed);
-      const uint32_t index = static_cast<uint32_t>(ticket);
-      if (index >= chunks) return;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
         continue;
       }
-      ++ticket;
-      body(context, index * chunk, std::min(n, (index + 1) * chunk));
+      const int64_t begin = ((n + chunk - 1) / chunk - static_cast<uint32_t>(ticket)) * chunk;
+      body(context, begin, std::min(n, begin + chunk));
       if (remaining_.fetch_sub(1, std::memory_order_seq_cst) == 1 && caller_sleeps_.load(std::memory_order_seq_cst)) {
         futex_wake_all(&remaining_);
       }
+      ticket = ticket_.load(std::memory_order_acquire);
     }
   }
 
@@ -223,7 +221,6 @@ class Pool {
   std::atomic<int64_t> n_{0}, chunk_{1};
   std::atomic<ParallelBody> body_{nullptr};
   std::atomic<void *> context_{nullptr};
-  std::atomic<uint32_t> chunks_{0};
   alignas(64) std::atomic<uint32_t> remaining_{0};
 };
 

@@ -1,0 +1,69 @@
+"""The second start of a model captures and compiles nothing; a damaged cache entry is built again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models.checkpoints import checkpoint
+
+PROBE = Path(__file__).with_name("start_probe.py")
+
+
+@pytest.fixture(scope="module")
+def cache_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(cache_directory: Path, **environment: str) -> tuple[dict, str]:
+    """(what start_probe.py printed, its log) of one start of a tiny model with this cache."""
+    command = [sys.executable, str(PROBE), str(checkpoint("qwen3"))]
+    environment = {**os.environ, "VLLM_MS_CACHE_DIR": str(cache_directory), **environment}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1]), finished.stdout + finished.stderr
+
+
+def test_the_second_start_captures_and_compiles_nothing(cache_directory):
+    first, log = start(cache_directory)
+    assert "captured in" in log
+    assert [(graph["compiles"], graph["loads"]) for graph in first["graphs"].values()] == [(1, 0), (1, 0)]
+    second, log = start(cache_directory)
+    assert "captured in" not in log
+    assert [(graph["compiles"], graph["loads"]) for graph in second["graphs"].values()] == [(0, 1), (0, 1)]
+    assert second["tokens"] == first["tokens"]
+
+
+@pytest.mark.parametrize("name", ["model.py", "compile_cache_0.mindir", "graphs.json"])
+def test_a_damaged_entry_is_built_again_and_serves_the_same_tokens(cache_directory, name):
+    before, _ = start(cache_directory)
+    entry = Path(before["sources"][0]).parent
+    (damaged,) = entry.rglob(name)
+    damaged.write_bytes(damaged.read_bytes()[:-7] + b"damaged")
+    after, log = start(cache_directory)
+    assert "building it again" in log and name in log
+    assert [graph["compiles"] for graph in after["graphs"].values()] == [1, 1]
+    assert after["tokens"] == before["tokens"]
+
+
+def test_other_passes_are_another_entry(cache_directory):
+    fused, _ = start(cache_directory)
+    unfused, log = start(cache_directory, VLLM_MS_DISABLE_PASSES="fuse_attention,fuse_norm,fuse_residual")
+    assert "captured in" in log
+    assert Path(unfused["sources"][0]).parent != Path(fused["sources"][0]).parent
+    assert unfused["tokens"] == fused["tokens"]
+
+
+def test_a_disabled_cache_compiles_every_time(cache_directory):
+    found, log = start(cache_directory, VLLM_MS_DISABLE_CACHE="1")
+    assert "captured in" in log
+    assert [graph["compiles"] for graph in found["graphs"].values()] == [1, 1]
+
+
+def test_no_file_of_the_cache_is_a_pickle(cache_directory):
+    start(cache_directory)
+    kinds = {path.suffix for path in cache_directory.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    assert kinds <= {".py", ".json", ".mindir", ".hash", ".safetensors", ".pyc"}
