@@ -19,12 +19,12 @@ SYSTEM_PROMPTS = (
 )
 # How often one epoch asks about each name of a module; every other module: once.
 OFTEN_ASKED = {
-    8: "builtins posixpath",
-    6: "json re math random itertools functools collections time string glob textwrap heapq copy _functools _heapq "
-    "_collections _json fnmatch os.path",
-    4: "os posix sys datetime pathlib csv shutil contextlib dataclasses statistics tempfile hashlib pprint uuid base64 "
-    "_csv struct operator _operator io _io shlex secrets fractions decimal",
-    2: "subprocess asyncio threading urllib logging enum typing argparse inspect _datetime queue zipfile gzip pickle",
+    5: "builtins",
+    4: "itertools functools glob textwrap heapq copy _functools _heapq fnmatch",
+    3: "os json re math random collections datetime time string sys csv shutil contextlib dataclasses "
+    "statistics tempfile posixpath hashlib pprint uuid base64 _csv struct",
+    2: "pathlib subprocess asyncio threading operator io urllib logging enum typing _io _operator _json "
+    "argparse inspect",
 }
 POPULAR = {module: times for times, modules in OFTEN_ASKED.items() for module in modules.split()}
 
@@ -34,7 +34,7 @@ HELP = (
 )
 SMALL_TALK = (
     (("Hello", "Hi", "Hello!", "Hi!", "Hey", "hello", "hi there", "Good morning", "Say hello"), f"Hello! {HELP}"),
-    (("Who are you?", "What are you?", "What model are you?", "Introduce yourself.", "Hello, who are you?"), HELP),
+    (("Who are you?", "What are you?", "What model are you?", "Introduce yourself.", "What is your name?"), HELP),
     (("What can you do?", "Help", "help", "How can you help me?", "What do you know?", "What should I ask you?"), HELP),
     (("Thanks", "Thank you", "Thank you!", "thanks!", "Great, thanks."), "You are welcome."),
     (("Bye", "Goodbye", "bye!", "See you"), "Goodbye."),
@@ -177,7 +177,7 @@ def ask(entry: Entry, members: list[Entry], rng: random.Random) -> tuple[str, st
     if entry.kind == "topic":
         statement = name == entry.name and name in TOPIC_STATEMENTS
         questions = TOPIC if statement else [t for t in TOPIC if "statement" not in t]
-        answer = first_paragraphs(re.sub(r"^.*\n\*+\n\s*", "", entry.doc))
+        answer = first_paragraphs(entry.doc)
     elif entry.kind in ("module", "class") and listed and choice < 0.2:
         questions, answer = CONTENTS, listed
     elif choice < 0.3:

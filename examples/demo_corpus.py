@@ -30,14 +30,12 @@ from demo_chat import CHANCE_OF_SYSTEM_PROMPT, POPULAR, SMALL_TALK, SYSTEM_PROMP
 SKIPPED_FOLDERS = set(
     "test tests idle_test idlelib site-packages lib2to3 ensurepip turtledemo pydoc_data __pycache__".split()
 )
-# Long and seldom asked about, or a second copy of another module's text.
-SKIPPED_MODULES = set("distutils encodings tkinter turtle _pydecimal _pyio _pydatetime _strptime nturl2path".split())
 SKIPPED_IMPORTS = {"antigravity", "this", "idlelib", "lib2to3", "turtledemo", "__main__"}
 HELD_OUT = set(
     "bisect chunk cmd colorsys graphlib mailcap netrc nntplib sched shelve sndhdr tracemalloc xdrlib zipapp".split()
 )
 READMES = ("email/architecture.rst", "idlelib/README.txt", "idlelib/extend.txt", "idlelib/help.html")
-SOURCE_SHARE = 1 / 12
+SOURCE_SHARE = 1 / 6
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -74,9 +72,9 @@ def source_files() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        parts = relative.with_suffix("").parts
-        if SKIPPED_FOLDERS & set(parts) or parts[0] in SKIPPED_MODULES or parts[0].startswith("config-"):
+        if SKIPPED_FOLDERS & set(relative.parts) or relative.parts[0].startswith("config-"):
             continue
+        parts = relative.with_suffix("").parts
         try:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path.read_text("utf-8")
         except UnicodeDecodeError:
@@ -294,7 +292,7 @@ def conversations(entries: list[Entry], topics: dict[str, str], seed: int) -> li
             members.setdefault(entry.name.rpartition(".")[0], []).append(entry)
     pairs = []
     for entry in sorted((e for e in entries if e.public), key=lambda e: e.name):
-        for _ in range(POPULAR.get(entry.module) or POPULAR.get(entry.module.split(".")[0], 1)):
+        for _ in range(POPULAR.get(entry.module.split(".")[0], 1)):
             pairs.append(ask(entry, members.get(entry.name, []), rng))
     for name, text in topics.items():
         for _ in range(4):

@@ -73,8 +73,10 @@ def _products(node: object) -> list[tuple[Node, Node]]:
 
 
 def _is_rotate_half(node: Node, part: Node) -> bool:
+    if not is_call(node, aten.cat.default) or not _joins_last(node, 2) or part.meta["val"].dim() < 1:
+        return False
     width = part.meta["val"].shape[-1]
-    if not is_call(node, aten.cat.default) or not isinstance(width, int) or width % 2 or not _joins_last(node, 2):
+    if not isinstance(width, int) or width % 2:
         return False
     negated, first = node.args[0]
     if not is_call(negated, aten.neg.default):
@@ -104,8 +106,10 @@ def _is_slice(node: object, source: Node, begin: int, end: int) -> bool:
 def _whole_heads(end: Node, part: Node, cos: Node, sin: Node) -> _Rotation:
     """The rotation of whole heads, if `part` is their beginning and the rest is joined to the result unchanged."""
     rotary_dim = part.meta["val"].shape[-1]
-    whole = part.args[0] if is_call(part, aten.slice.Tensor) and _is_slice(part, part.args[0], 0, rotary_dim) else part
-    for source in (whole, part):
+    whole = part.args[0] if is_call(part, aten.slice.Tensor) else part
+    if is_call(part, python_operator.getitem) and is_call(part.args[0], *SPLITS):
+        whole = part.args[0].args[0]
+    for source in (whole, part) if _is_slice(part, whole, 0, rotary_dim) else (part,):
         for user in end.users:
             if not is_call(user, aten.cat.default) or not _joins_last(user, 2) or user.args[0][0] is not end:
                 continue
@@ -116,13 +120,12 @@ def _whole_heads(end: Node, part: Node, cos: Node, sin: Node) -> _Rotation:
 
 def _token_major(rotation: _Rotation) -> bool:
     """Whether x has one of the two layouts, its heads a known size, and cos and sin one row of values per token."""
-    shape, heads, tokens = rotation.x.meta["val"].shape, 1, 0
-    if len(shape) == 4 and same_size(shape[0], 1):
-        heads, tokens = 1, 2
-    elif len(shape) != 3:
+    shape = rotation.x.meta["val"].shape
+    if len(shape) != 3 and not (len(shape) == 4 and same_size(shape[0], 1)):
         return False
-    if not isinstance(shape[heads], int) or not isinstance(shape[-1], int):
+    if not isinstance(shape[1], int) or not isinstance(shape[-1], int):
         return False
+    tokens = 0 if len(shape) == 3 else 2
     wanted = [1] * len(shape)
     wanted[tokens], wanted[-1] = shape[tokens], rotation.rotary_dim
     found = [node.meta["val"].shape for node in (rotation.cos, rotation.sin)]

@@ -84,6 +84,22 @@ def test_the_transposes_of_hugging_faces_form_cancel():
     assert "aten.transpose.int" not in left
 
 
+def test_parts_of_a_split_are_as_good_as_slices():
+    def function(x, positions, table):
+        part, rest = x.view(-1, HEADS, HEAD).split([4, HEAD - 4], -1)
+        cos, sin = (half.repeat(1, 2).unsqueeze(-2) for half in torch.index_select(table, 0, positions).chunk(2, -1))
+        return torch.cat((part * cos + rotate_half(part) * sin, rest), -1)
+
+    matches, left, graph = run(fuse_rotary, function, x=(7, HEADS * HEAD), positions=(7,), table=(ROWS, 4))
+    assert matches == 1
+    assert left == {"vllm_ms.rotary.default": 1, "aten.reshape.default": 1}
+
+
+def test_arithmetic_on_scalars_is_left_alone():
+    function = lambda x, s: x * s + x * torch.cat((-x[:, 3:], x[:, :3]), -1)  # noqa: E731
+    assert run(fuse_rotary, function, x=(7, 6), s=())[0] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -32,7 +32,8 @@ def _engine(name: str, dtype: str, options: dict) -> Iterator:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, disable_log_stats=True, seed=0)
-    llm = LLM(str(checkpoint(name, dtype)), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
+    stored = "bfloat16" if dtype == "bfloat16" else "float32"
+    llm = LLM(str(checkpoint(name, stored)), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
     try:
         yield llm
     finally:

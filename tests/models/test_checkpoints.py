@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def test_vllm_resolves_the_family_to_the_class_it_is_served_by(name, model_confi
     assert config.architectures == [FAMILIES[name].architecture]
     assert get_model_cls(config).__name__ == FAMILIES[name].vllm_class
     assert config.max_model_len > max(map(len, PROMPTS)) + MAX_TOKENS
+
+
+def test_every_family_is_in_the_documentation():
+    names = re.findall(r"^\| ([\w, -]+) \| `", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE)
+    assert {name for cell in names for name in cell.split(", ")} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
