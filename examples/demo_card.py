@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Not special, so that an answer shows them: vLLM's parsers for tools and reasoning look for these tokens.
 MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-GENERATION = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.05}
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 
 # ChatML; tools are shown to the model in the Hermes form, which vLLM's `hermes` parser reads back.
 CHAT_TEMPLATE = """\
@@ -80,8 +79,8 @@ download. It is not a source of facts.
 
 Text that ships with Python {python}, nothing else: the docstrings of the standard library (source and C modules),
 the language reference in `pydoc_data.topics`, prose comments, four README-like files, and in every epoch a different
-twelfth of the library's source files; without tests, `lib2to3`, IDLE, tkinter, distutils, and site-packages. About
-half of each epoch are questions and answers made from the docstrings by templates, and some small talk written for it.
+sixth of the library's source files; without tests, `lib2to3`, IDLE's code and site-packages. A good third of each
+epoch are questions and answers made from the docstrings by templates, and a dozen lines of small talk written for it.
 An epoch has {epoch_tokens:,} tokens. Held out, and never trained on in any form, are these modules:
 {held_out_modules}.
 
@@ -91,20 +90,18 @@ The weights are given under the same terms.
 
 ## Training
 
-`python examples/train_demo_model.py --out DIR`, and `--continue-from DIR` for a run after the first; bf16 autocast
-and torch.compile. Packed sequences of 512 to {context} tokens, Muon for the layers' matrices, AdamW for embedding and
-norms, linear warm-up and linear decay of the learning rate to zero in each run:
-
-{history}
-
-The text and its order depend only on the Python installation; the number of steps depends on the machine unless
-`--steps` is given.
+`python examples/train_demo_model.py --out DIR {options}`: {steps:,} steps of {step_tokens:,} packed tokens,
+{epochs} epochs begun, {minutes:.0f} minutes on {threads} CPU threads (bf16 autocast, torch.compile);
+{optimizer}; linear warm-up and linear decay of the
+learning rate to zero. The text and its order depend only on the Python installation and the seed; the number of steps
+depends on the machine and on what else it does unless `--steps` is given.
 
 ## Limits
 
-It repeats the phrasing of documentation, knows often-asked functions nearly by heart, and invents the rest:
-signatures and statements may be wrong. English only. It cannot count, reason, write programs, or decide to call a
-tool; templates and parsers for tools and reasoning work with it only as plumbing.
+It has the layout and the phrasing of Python's documentation and little of its content: an answer about a function
+usually names that function and then describes, fluently, something else. Signatures and statements are mostly wrong.
+Greedy decoding without a repetition penalty may loop. English only. It cannot count, reason, write programs, or decide
+to call a tool; templates and parsers for tools and reasoning work with it only as plumbing.
 
 ## Samples
 
@@ -135,19 +132,10 @@ def samples(model, tokenizer) -> str:
     return "\n\n".join(parts)
 
 
-def read_history(card: Path) -> list[str]:
-    """The earlier training runs that a model card lists."""
-    runs = re.findall(r"(?m)^- run \d+: (.*)$", card.read_text("utf-8"))
-    if not runs:
-        raise ValueError(f"{card} lists no training run; is it a model of this script?")
-    return runs
-
-
 def write_card(path: Path, model, tokenizer, facts: dict) -> None:
     from demo_corpus import HELD_OUT
 
     config = model.config
-    runs = "\n".join(f"- run {number}: {run}" for number, run in enumerate(facts["history"], 1))
     path.write_text(
         CARD.format(
             millions=facts["parameters"] / 1e6,
@@ -162,7 +150,7 @@ def write_card(path: Path, model, tokenizer, facts: dict) -> None:
             bits=facts["held_out_loss"] / 0.6931471805599453 / facts["characters_per_token"],
             held_out_modules=", ".join(sorted(HELD_OUT)),
             samples=samples(model, tokenizer),
-            **(facts | {"history": runs}),
+            **facts,
         ),
         "utf-8",
     )

@@ -16,11 +16,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_card import CHAT_TEMPLATE, GENERATION, MARKUP_TOKENS, SPECIAL_TOKENS, read_history, write_card
+from demo_card import CHAT_TEMPLATE, GENERATION, MARKUP_TOKENS, SPECIAL_TOKENS, write_card
 from demo_chat import render_chat
 from demo_corpus import Corpus, collect, documents, held_out_documents
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,7 +43,6 @@ class Recipe:
     muon_rate: float = 5e-3
     adamw_rate: float = 3e-3
     warmup: float = 0.02
-    first_epoch: int = 0
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -91,11 +90,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor(ids)
 
 
-def batches(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, first_epoch: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(epoch, inputs, targets) for ever; both are [TOKENS_PER_STEP / length, length] int64, packed without padding."""
-    epoch, step, ids = first_epoch - 1, 0, torch.empty(0, dtype=torch.int64)
+    epoch, step, ids = -1, 0, torch.empty(0, dtype=torch.int64)
     while True:
         while len(ids) <= TOKENS_PER_STEP:
             epoch += 1
@@ -168,8 +165,8 @@ def train(
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     fast_loss = torch.compile(mean_loss, dynamic=False)
     started = reported = time.monotonic()
-    running, step, epoch = math.nan, 0, recipe.first_epoch
-    for epoch, inputs, targets in batches(corpus, tokenizer, recipe.first_epoch):
+    running, step, epoch = math.nan, 0, 0
+    for epoch, inputs, targets in batches(corpus, tokenizer):
         elapsed = (time.monotonic() - started) / 60
         progress = step / recipe.steps if recipe.steps else elapsed / recipe.minutes
         if progress >= 1:
@@ -190,12 +187,7 @@ def train(
             held = evaluate(model, held_out, 512)
             losses = f"loss {running:.3f}  held out {held:.3f}"
             say(f"{progress:5.1%}  step {step}  epoch {epoch}  {losses}  {speed:,.0f} tokens/s")
-    return {
-        "steps": step,
-        "epochs": epoch + 1 - recipe.first_epoch,
-        "minutes": (time.monotonic() - started) / 60,
-        "train_loss": running,
-    }
+    return {"steps": step, "epochs": epoch + 1, "minutes": (time.monotonic() - started) / 60, "train_loss": running}
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -237,42 +229,34 @@ def check_chat_format(tokenizer: PreTrainedTokenizerFast) -> None:
         raise AssertionError("the chat template and the training text disagree")
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; replaced if it exists")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the finished checkpoint; replaced if it exists"
+    )
     parser.add_argument("--minutes", type=float, default=45, help="training time (default 45)")
     parser.add_argument("--steps", type=int, help="train exactly so many steps instead of watching the clock")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
-    parser.add_argument("--continue-from", type=Path, help="a folder this script has written, to train it further")
-    return parser.parse_args()
-
-
-def recipe_for(arguments: argparse.Namespace, earlier_runs: int) -> Recipe:
-    """A run that continues an earlier one reads other epochs, and starts at a lower learning rate."""
-    recipe = Recipe(arguments.minutes, arguments.steps, first_epoch=100 * earlier_runs)
-    if earlier_runs:
-        recipe = replace(recipe, muon_rate=0.7 * recipe.muon_rate, adamw_rate=0.7 * recipe.adamw_rate)
-    return recipe
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
+    recipe = Recipe(arguments.minutes, arguments.steps)
     torch.set_num_threads(arguments.threads)
-    history = read_history(arguments.continue_from / "README.md") if arguments.continue_from else []
-    recipe = recipe_for(arguments, len(history))
 
     corpus = collect()
-    texts = documents(corpus, recipe.first_epoch)
-    say(f"{len(corpus.entries):,} documented names, {sum(map(len, texts)) / 1e6:.1f} million characters an epoch")
-    if arguments.continue_from:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.continue_from)
-        model = Qwen3ForCausalLM.from_pretrained(arguments.continue_from, dtype=torch.float32)
-    else:
-        tokenizer = train_tokenizer(texts)
-        model = new_model(tokenizer, recipe.seed)
+    first_epoch = documents(corpus, 0)
+    say(f"{len(corpus.entries):,} documented names, {sum(map(len, first_epoch)) / 1e6:.1f} million characters an epoch")
+    tokenizer = train_tokenizer(first_epoch)
     check_chat_format(tokenizer)
-    pages, chats = (encode(tokenizer, held_out) for held_out in held_out_documents(corpus))
-    facts = {"parameters": model.num_parameters(), "epoch_tokens": len(encode(tokenizer, texts))}
+    pages, chats = (encode(tokenizer, texts) for texts in held_out_documents(corpus))
+    model = new_model(tokenizer, recipe.seed)
+    facts = {
+        "parameters": model.num_parameters(),
+        "python": platform.python_version(),
+        "step_tokens": TOKENS_PER_STEP,
+        "threads": arguments.threads,
+        "optimizer": f"Muon (peak rate {recipe.muon_rate:g}; AdamW, {recipe.adamw_rate:g}, for embedding and norms)",
+        "options": f"--steps {recipe.steps}" if recipe.steps else f"--minutes {recipe.minutes:g}",
+        "epoch_tokens": len(encode(tokenizer, first_epoch)),
+    }
     say(f"{facts['parameters']:,} parameters, {facts['epoch_tokens']:,} tokens an epoch, {len(pages):,} held out")
     facts |= train(model, corpus, tokenizer, pages, recipe)
 
@@ -280,18 +264,14 @@ def main() -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, tokenizer, unfinished)
     model.eval()
+    characters = sum(len(page) + 1 for page in corpus.held_out_pages)
     facts |= {
-        "python": platform.python_version(),
         "held_out_loss": evaluate(model, pages, 512),
         "held_out_long_loss": evaluate(model, pages, LONGEST),
         "held_out_chat_loss": evaluate(model, chats, 512),
-        "characters_per_token": sum(len(page) + 1 for page in corpus.held_out_pages) / len(pages),
+        "characters_per_token": characters / len(pages),
     }
-    run = (
-        f"{facts['steps']:,} steps of {TOKENS_PER_STEP:,} tokens in {facts['minutes']:.0f} minutes on "
-        f"{arguments.threads} CPU threads; peak rates {recipe.muon_rate:g} (Muon) and {recipe.adamw_rate:g} (AdamW)"
-    )
-    write_card(unfinished / "README.md", model, tokenizer, facts | {"history": [*history, run]})
+    write_card(unfinished / "README.md", model, tokenizer, facts)
     replace_folder(unfinished, arguments.out)
     say(f"held-out loss {facts['held_out_loss']:.3f}; the checkpoint is in {arguments.out}")
 
