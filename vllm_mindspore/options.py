@@ -9,6 +9,7 @@ import os
 
 BACKENDS = ("mindspore",)
 BACKEND_VARIABLE = "VLLM_MS_BACKEND"
+SERVER_MIDDLEWARE = "vllm_mindspore.serving.engine_watch.EngineWatch"
 
 # name -> what it does. One line each: `vllm-mindspore env` and docs/configuration.md print this table.
 ENVIRONMENT = {
@@ -58,7 +59,9 @@ class _BackendAction(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--backend` to one of vLLM's parsers (serve, run-batch, bench …; a YAML --config goes through it too)."""
+    """Add `--backend` to one of vLLM's parsers (serve, run-batch; a YAML --config goes through it too)."""
+    if parser.get_default("middleware") == []:
+        parser.set_defaults(middleware=[SERVER_MIDDLEWARE])  # a user's --middleware is appended
     try:
         parser.add_argument_group("MindSpore").add_argument(
             "--backend",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -27,7 +28,7 @@ find_torch = load_script("find_torch")
 def test_every_installed_package_is_pinned_in_its_version():
     pinned = {name: version for section in pins.read_pins().values() for name, version in section.items()}
     unpinned = []
-    for distribution in metadata.distributions():
+    for distribution in metadata.distributions(path=[sysconfig.get_path("purelib")]):  # not vendored ones on sys.path
         name, version = pins.normalized(distribution.metadata["Name"]), distribution.version.split("+")[0]
         if name != "vllm-mindspore" and pinned.get(name) != version:
             unpinned.append(f"{name}=={version}")

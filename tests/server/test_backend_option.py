@@ -1,4 +1,4 @@
-"""`--backend`, `backend:` in a YAML file and VLLM_MS_BACKEND: an unknown one is one clear error before anything loads."""
+"""`--backend`, `backend:` in a YAML file, VLLM_MS_BACKEND: an unknown one is one clear error before anything loads."""
 
 import signal
 import time

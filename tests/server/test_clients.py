@@ -16,8 +16,8 @@ def test_vllm_chat_answers_a_quick_question(server):
 
 
 def test_vllm_complete_continues_a_prompt(server, complete):
-    command = ["vllm", "complete", "--url", f"{server.http.base_url}/v1", "--max-tokens", "8", "-q", "Return a new list"]
-    result = commands.run(command)
+    url = f"{server.http.base_url}/v1"
+    result = commands.run(["vllm", "complete", "--url", url, "--max-tokens", "8", "-q", "Return a new list"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
 

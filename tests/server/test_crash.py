@@ -1,6 +1,10 @@
-"""kill -9: an error for the client, a non-zero exit, nothing left behind, and a new start on the same port at once."""
+"""kill -9: an error for the client, a non-zero exit, nothing left behind, and a new start on the same port at once.
+
+And signals while a request runs.
+"""
 
 import os
+import signal
 import threading
 
 import httpx
@@ -78,6 +82,18 @@ def test_killed_worker_ends_the_server(start):
     status, message = kill(server, worker)
     assert status == 500 and message
     assert server.process.returncode not in (0, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_signal_ends_the_server_although_a_request_runs(start, number):
+    """The client gets what was generated, or an error: either way the server does not wait for it."""
+    server = start()
+    processes = server.processes()
+    request = RunningRequest(server)
+    assert server.stop(number) == 0
+    request.join(EXIT_TIMEOUT)
+    assert request.outcome and request.outcome[0] in (0, 200, 503)
+    assert not commands.alive(processes)
 
 
 @pytest.mark.parametrize("executor", ["uni", pytest.param("mp", marks=pytest.mark.slow)])

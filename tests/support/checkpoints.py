@@ -20,7 +20,8 @@ def write(folder: Path, like: Path, weights: bool = True, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(fields))
     if weights:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,9 @@ import psutil
 
 BIN = Path(sys.executable).parent
 # The child gets SIGTERM when pytest dies, however it dies; exec keeps that setting.
-LAUNCH = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); os.execv(sys.argv[1], sys.argv[1:])"
+LAUNCH = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); os.execv(sys.argv[1], sys.argv[1:])"
+)
 OURS = ("VLLM_", "MS_", "TMPDIR")
 
 
@@ -34,7 +36,7 @@ def start(command: list[str], env: Mapping[str, str] | None = None, **popen) -> 
 
 
 def run(command: list[str], env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run `command` to its end; stdout and stderr are text. Its whole process group is killed after `timeout` seconds."""
+    """Run `command` to its end; stdout and stderr are text. After `timeout` seconds its process group is killed."""
     process = start(command, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=timeout)

@@ -31,12 +31,16 @@ BODIES = {
     "/detokenize": DETOKENIZE,
     "/v1/responses": RESPONSES,
 }
+OTHER_FIELDS = (
+    "best_of", "suffix", "tools", "foo", "chat_template", "priority", "prompt_embeds", "kv_transfer_params",
+    "vllm_xargs", "truncate_prompt_tokens",
+)  # fmt: skip
 # Nothing here asks for much work when it happens to be valid.
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3.5, -0.5, 1e308, -1e308, float("nan"), float("inf"), 2**31, -(2**31), 2**63, 2**70,
     "", " ", "a", "\x00", "é漢字🙂", "\\ud800", "../../etc/passwd", "{{ 7 * 7 }}", "%s%n", "'; --", "a" * 5000,
     [], [[]], [None], [""], ["a", 5], [-1], [10**9], [2**70], {}, {"": ""}, {"a": {"b": []}}, {"type": "json_object"},
-    {"type": "object", "properties": {"a": {"$ref": "#/nope"}}}, {"type": "nonsense"}, {"regex": "("}, {"grammar": "::="},
+    {"type": "object", "properties": {"a": {"$ref": "#/nope"}}}, {"type": "nonsense"}, {"regex": "("}, {"grammar": "="},
 ]  # fmt: skip
 
 
@@ -70,8 +74,7 @@ def _mutate(body: Any, source: random.Random) -> None:
         for _ in range(source.choice((1, 20, 200))):
             container[key] = [container[key]] if source.random() < 0.5 else {"a": container[key]}
     elif isinstance(container, dict):
-        container[source.choice(("best_of", "suffix", "tools", "foo", "chat_template", "priority", "prompt_embeds",
-                                 "kv_transfer_params", "vllm_xargs", "truncate_prompt_tokens"))] = source.choice(VALUES)  # fmt: skip
+        container[source.choice(OTHER_FIELDS)] = copy.deepcopy(source.choice(VALUES))
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,0 +1,1 @@
+"""Around vLLM's API server."""
