@@ -23,7 +23,8 @@ class MindSporeWorker(WorkerBase):
         begin = time.perf_counter()
         import mindspore
 
-        mindspore.set_device("CPU")
+        if mindspore.get_context("device_target") != "CPU":  # cannot be set again once anything has run
+            mindspore.set_device("CPU")
         logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
         self.device = torch.device("cpu")
         torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
