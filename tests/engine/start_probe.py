@@ -19,11 +19,13 @@ def main() -> None:
     statistics = llm.collective_rpc("graph_statistics")[0]
     counts = {name: {key: graph[key] for key in ("compiles", "loads", "calls")} for name, graph in statistics.items()}
     print(
-        json.dumps({
-            "graphs": counts,
-            "sources": [graph["source"] for graph in statistics.values()],
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        })
+        json.dumps(
+            {
+                "graphs": counts,
+                "sources": [graph["source"] for graph in statistics.values()],
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            }
+        )
     )
 
 

@@ -1,0 +1,88 @@
+"""The same greedy float32 output however a request is scheduled: to the last bit of its logprobs."""
+
+import pytest
+
+from tests.models.engine import engine, statistics
+from tests.models.reference import PROMPTS, reference
+
+FAMILIES = ["qwen3", "gemma2"]  # gemma2: two KV cache groups, sliding windows, soft caps
+LONG = 48
+
+
+def generate(llm, prompts=PROMPTS, max_tokens=LONG):
+    """Per prompt: tokens, and the logprob of each, as float32 gives them."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    results = []
+    for output in outputs:
+        completion = output.outputs[0]
+        values = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+        results.append((list(completion.token_ids), values))
+    return results, outputs
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """family → results with every prompt prefilled in one piece, all prompts in one batch."""
+    results = {}
+    for name in FAMILIES:
+        with engine(name, max_num_batched_tokens=1024, enable_prefix_caching=False) as llm:
+            results[name] = generate(llm)[0]
+        assert [tokens for tokens, _ in results[name]] == [ids[:LONG] for ids in reference(name).generate(PROMPTS)]
+    return results
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chunked_prefill_changes_nothing(name, whole):
+    with engine(name, max_num_batched_tokens=23, enable_prefix_caching=False) as llm:
+        assert generate(llm)[0] == whole[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_request_alone_gives_what_it_gives_in_a_batch(name, whole):
+    with engine(name, max_num_seqs=1, enable_prefix_caching=False) as llm:
+        assert generate(llm)[0] == whole[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefix_cache_hits_change_nothing(name, whole):
+    with engine(name, enable_prefix_caching=True) as llm:
+        first, _ = generate(llm)
+        second, outputs = generate(llm)
+        assert max(output.num_cached_tokens for output in outputs) >= 64
+    assert first == second == whole[name]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("qwen3", 26), ("gemma2", 40)])
+def test_preemption_changes_nothing(name, blocks, whole):
+    with engine(name, enable_prefix_caching=False, num_gpu_blocks_override=blocks, disable_log_stats=False) as llm:
+        found, _ = generate(llm)
+        preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    assert preemptions > 0
+    assert found == whole[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unfused_graphs_give_the_same_tokens(name, whole, monkeypatch):
+    monkeypatch.setenv("VLLM_MS_DISABLE_PASSES", "fuse_attention,fuse_norm,fuse_residual,fuse_activation")
+    with engine(name, enable_prefix_caching=False) as llm:
+        found, _ = generate(llm)
+        assert statistics(llm)["model"]["operators"]["vllm_ms.paged_attention.default"] > 0
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in whole[name]]
+
+
+def test_pynative_gives_what_the_graph_gives(whole):
+    with engine("qwen3", enforce_eager=True, enable_prefix_caching=False) as llm:
+        found, _ = generate(llm, PROMPTS[:5], 16)
+        assert [graph["compiles"] for graph in statistics(llm).values()] == [0, 0]
+    assert found == [(tokens[:16], values[:16]) for tokens, values in whole["qwen3"][:5]]
+
+
+def test_a_mixed_workload_compiles_nothing_again():
+    with engine("qwen3") as llm:
+        for count, length in ((1, 1), (8, 3), (3, 200), (5, 40)):
+            generate(llm, [PROMPTS[-1][:length]] * count, max_tokens=count)
+        counts = {name: graph["compiles"] + graph["loads"] for name, graph in statistics(llm).items()}
+    assert counts == {"model": 1, "logits": 1}
