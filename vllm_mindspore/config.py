@@ -1,5 +1,7 @@
 """What this backend makes of vLLM's configuration: defaults it sets, and what it refuses before a model loads."""
 
+from enum import Enum
+
 from vllm.logger import init_logger
 
 from vllm_mindspore import options
@@ -46,25 +48,28 @@ def _refuse_parallelism(parallel_config) -> None:
 
 
 def _refuse_options(vllm_config) -> None:
+    cache, offload, attention = vllm_config.cache_config, vllm_config.offload_config, vllm_config.attention_config
+    own_attention = attention.backend is None or attention.backend.name == "CUSTOM"
+    leave_out = "Leave the option out."
     refused = (
         ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
-        ("--speculative-config", vllm_config.speculative_config, "plain decoding", "Leave the option out."),
-        ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", "Leave the option out."),
-        (
-            "--quantization",
-            vllm_config.quant_config,
-            "unquantized bf16, fp16 and fp32 weights",
-            "Use such a checkpoint.",
-        ),
+        ("--speculative-config", vllm_config.speculative_config, "plain decoding", leave_out),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", leave_out),
+        ("--ec-transfer-config", vllm_config.ec_transfer_config, "text models", leave_out),
+        ("--weight-transfer-config", vllm_config.weight_transfer_config, "weights from a checkpoint", leave_out),
+        ("--quantization", vllm_config.quant_config, "bf16, fp16 and fp32 weights", "Use such a checkpoint."),
+        ("--kv-offloading-size", cache.kv_offloading_size, "a KV cache in memory", leave_out),
+        ("--kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, "running without it", leave_out),
+        ("--cpu-offload-gb", offload.uva.cpu_offload_gb, "weights in memory", leave_out),
+        ("--offload-group-size", offload.prefetch.offload_group_size, "weights in memory", leave_out),
+        ("--attention-backend", None if own_attention else attention.backend, "its own paged attention", leave_out),
     )
     for option, value, supported, advice in refused:
-        if value is not None:
-            raise UnsupportedOptionError(option, type(value).__name__, supported, advice)
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise UnsupportedOptionError(
-            "--kv-cache-dtype", cache_dtype, "auto, float16 and bfloat16", "Leave the option out."
-        )
+        if value:
+            found = getattr(value, "name", value) if isinstance(value, (Enum, int, float)) else type(value).__name__
+            raise UnsupportedOptionError(option, found, supported, advice)
+    if cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise UnsupportedOptionError("--kv-cache-dtype", cache.cache_dtype, "auto, float16 and bfloat16", leave_out)
 
 
 def _refuse_model(model_config) -> None:

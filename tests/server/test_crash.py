@@ -93,6 +93,7 @@ def test_signal_ends_the_server_although_a_request_runs(start, number):
     assert server.stop(number) == 0
     request.join(EXIT_TIMEOUT)
     assert request.outcome and request.outcome[0] in (0, 200, 500, 503)
+    psutil.wait_procs(processes, timeout=EXIT_TIMEOUT)  # multiprocessing's own helper ends just after its parent
     assert not commands.alive(processes)
 
 

@@ -1,0 +1,97 @@
+"""What this backend cannot do is one clear error, before an engine starts and before any weight is read."""
+
+import pytest
+
+from tests.models.checkpoints import checkpoint
+from tests.support import checkpoints, commands
+from vllm_mindspore.demo import model_path
+
+LLAMA = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=1000, max_position_embeddings=512,
+)  # fmt: skip
+MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=1)
+MLA = dict(
+    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, n_shared_experts=1,
+    num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, topk_method="greedy", num_key_value_heads=4,
+)  # fmt: skip
+PALIGEMMA = dict(
+    model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"], image_token_index=5,
+    text_config=dict(LLAMA, model_type="gemma"), projection_dim=64, hidden_size=64,
+    vision_config=dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                       num_attention_heads=2, image_size=28, patch_size=14),
+)  # fmt: skip
+MODELS = {
+    "mixture of experts": ({**LLAMA, **MOE, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+                           "a mixture of 8 experts"),
+    "latent attention": ({**LLAMA, **MLA, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]},
+                         "multi-head latent attention"),
+    "multimodal": (PALIGEMMA, "a multimodal model"),
+    "pooling": ({**LLAMA, "model_type": "bert", "architectures": ["BertModel"], "num_key_value_heads": 4}, "pooling"),
+    "state space": (dict(model_type="mamba", architectures=["MambaForCausalLM"], hidden_size=64, state_size=8,
+                         num_hidden_layers=2, vocab_size=1000, intermediate_size=128, conv_kernel=4, expand=2,
+                         time_step_rank=4), "state-space layers"),
+}  # fmt: skip
+OPTIONS = {
+    "--tensor-parallel-size": dict(tensor_parallel_size=3),
+    "--pipeline-parallel-size": dict(pipeline_parallel_size=2),
+    "--data-parallel-size": dict(data_parallel_size=2),
+    "--enable-lora": dict(enable_lora=True),
+    "--quantization": dict(quantization="fp8"),
+    "--speculative-config": dict(
+        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    ),
+    "--kv-cache-dtype": dict(kv_cache_dtype="fp8"),
+    "--kv-offloading-size": dict(kv_offloading_size=1.0),
+    "--kv-sharing-fast-prefill": dict(kv_sharing_fast_prefill=True),
+    "--cpu-offload-gb": dict(cpu_offload_gb=1.0),
+    "--attention-backend": dict(attention_backend="FLASH_ATTN"),
+    "--enable-dbo": dict(enable_dbo=True, all2all_backend="deepep_low_latency"),
+    "--enable-prompt-embeds": dict(enable_prompt_embeds=True),
+    "--runner": dict(runner="pooling", convert="embed"),
+}
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """configure(model, **options): vLLM's configuration of an engine, as `LLM` and `vllm serve` make it first."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
+
+    # vLLM inspects model classes in a subprocess, 10 s each.
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    return lambda model, **options: EngineArgs(model=str(model), **options).create_engine_config()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_unsupported_option(option, configure):
+    with pytest.raises(ValueError, match=rf"{option}.*The MindSpore backend supports .+\. [A-Z].+"):
+        configure(checkpoint("qwen3"), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_unsupported_model(kind, configure, tmp_path):
+    config, reason = MODELS[kind]
+    folder = checkpoints.configuration(tmp_path / "model", **config)
+    with pytest.raises(ValueError, match=rf"{reason}.*The MindSpore backend supports .+\. [A-Z].+"):
+        configure(folder, skip_tokenizer_init=True)
+
+
+def test_supported_configuration_is_accepted(configure):
+    """The tests above would also pass if everything were refused."""
+    config = configure(checkpoint("qwen3"))
+    assert config.parallel_config.worker_cls == "vllm_mindspore.worker.worker.MindSporeWorker"
+    assert config.structured_outputs_config.backend == "xgrammar"
+
+
+def test_a_chosen_grammar_library_stays_chosen(configure):
+    config = configure(checkpoint("qwen3"), structured_outputs_config={"backend": "guidance"})
+    assert config.structured_outputs_config.backend == "guidance"
+
+
+def test_the_command_line_ends_with_the_reason():
+    result = commands.run(["vllm", "serve", str(model_path()), "--backend", "mindspore", "--tensor-parallel-size", "2"])
+    output = result.stdout + result.stderr
+    assert result.returncode == 1
+    assert output.count("--tensor-parallel-size: found 2. The MindSpore backend supports 1.") == 1
+    assert "EngineCore" not in output and "Loading" not in output
