@@ -12,8 +12,9 @@ LLAMA = dict(
 )  # fmt: skip
 MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=1)
 MLA = dict(
-    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, n_shared_experts=1,
-    num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, topk_method="greedy", num_key_value_heads=4,
+    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, num_key_value_heads=4,
+    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
+    topk_method="greedy",
 )  # fmt: skip
 PALIGEMMA = dict(
     model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"], image_token_index=5,

@@ -34,7 +34,7 @@ def metric(llm, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def alone():
-    """alone(family): what each prompt gives when it is the engine's only request, read in one step, no prefix cached."""
+    """alone(family): what each prompt gives as the engine's only request, read in one step, with no prefix cached."""
     known = {}
 
     def of(family: str):
