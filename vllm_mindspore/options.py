@@ -18,7 +18,7 @@ ENVIRONMENT = {
     "VLLM_MS_DISABLE_CACHE": "1: neither read nor write the cache of compiled graphs",
     "VLLM_MS_DISABLE_PASSES": "comma-separated names of graph passes to leave out (see `vllm-mindspore inspect`)",
     "VLLM_MS_NUM_THREADS": "threads of the CPU operators (default: CPUs this process may run on)",
-    "VLLM_MS_CPU_ISA": "force a lower instruction set: portable, avx2 or avx512",
+    "VLLM_MS_CPU_ISA": "force a lower instruction set: portable, avx2, avx512 or amx",
     "VLLM_MS_KV_CACHE_GIB": "GiB of KV cache on CPU (default: see docs/configuration.md)",
 }
 

@@ -131,7 +131,7 @@ def test_building_again_is_quick_and_keeps_the_library():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("VLLM_MS_CPU_ISA", "sse9", "expected portable, avx2 or avx512"),
+        ("VLLM_MS_CPU_ISA", "sse9", "expected portable, avx2, avx512 or amx"),
         ("VLLM_MS_NUM_THREADS", "0", "expected a number from 1 to 1024"),
         ("VLLM_MS_NUM_THREADS", "many", "expected a number from 1 to 1024"),
     ],

@@ -77,7 +77,7 @@ class Linear:
 
     @property
     def rounds_activations(self) -> bool:
-        return self.dtype == "bfloat16" and current_isa() == "avx512"
+        return self.dtype == "bfloat16" and current_isa() in ("avx512", "amx")
 
     @property
     def tolerance(self) -> float:

@@ -37,14 +37,19 @@ COMMON_FLAGS = (
 ).split()
 LINK_FLAGS = "-shared -pthread -Wl,-z,nodelete -Wl,--as-needed -Wl,--exclude-libs,ALL".split()
 
+AVX2_FLAGS = "-mavx2 -mfma -mf16c".split()
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mprefer-vector-width=512".split(),
+]
+
 # Machine -> instruction-set variants, the portable one (no flags) first. See csrc/isa.h.
 ISA_FLAGS = {
     "x86_64": {
         "portable": [],
-        "avx2": "-mavx2 -mfma -mf16c".split(),
-        "avx512": (
-            "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mprefer-vector-width=512"
-        ).split(),
+        "avx2": AVX2_FLAGS,
+        "avx512": AVX512_FLAGS,
+        "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"portable": []},
 }

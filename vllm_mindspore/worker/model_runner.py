@@ -16,7 +16,7 @@ from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
-from vllm_mindspore.worker import facts, kv_groups, layers, model_capture
+from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, model_capture
 from vllm_mindspore.worker.step import ModelStep
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
@@ -50,6 +50,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
         def load_weights(model, model_config) -> None:
             self._prepare_graphs(model)
+            huge_pages.request([*model.parameters(), *model.buffers()])
             read_weights(model, model_config)
 
         loader.load_weights = load_weights
@@ -122,6 +123,7 @@ class MindSporeModelRunner(CPUModelRunner):
                 f"the engine's KV cache groups {groups} differ from those the graphs were compiled for, "
                 f"{self.compiler.groups}"
             )
+        huge_pages.renew_zeros(caches.values())
         self.step.bind_kv_caches(caches)
         return caches
 

@@ -72,7 +72,7 @@ struct Case {
   }
 
   // bf16 weights may be multiplied with activations rounded to bf16.
-  double tolerance() const { return dtype == DType::bf16 && isa() == Isa::avx512 ? 0.03 : 4e-6; }
+  double tolerance() const { return dtype == DType::bf16 && isa() >= Isa::avx512 ? 0.03 : 4e-6; }
 
  private:
   Case(int64_t m, int64_t n, int64_t k, DType dtype, Activation activation, Norm norm, bool extras,
@@ -119,8 +119,9 @@ TEST(linear_against_float64_over_shapes) {
     for (DType dtype : testing::kFloatTypes) {
       for (int64_t k : {1, 7, 16, 32, 33, 95, 520, 1300}) {
         for (int64_t n : {1, 2, 7, 8, 34, 70}) {
-          for (int64_t m : {0, 1, 2, 3, 4, 5, 7, 29}) {
-            if (k > 500 && n > 8 && m > 5) continue;
+          for (int64_t m : {0, 1, 2, 3, 4, 5, 7, 29, 32, 33, 50, 800}) {
+            if (k > 500 && n > 8 && m > 5 && m != 50) continue;
+            if (m == 800 && (k < 33 || n < 34)) continue;
             const Case c(m, n, k, dtype, {}, Norm::none, false, ++seed);
             const double error = testing::max_error(c.run(), c.reference());
             CHECK(error < c.tolerance()) << error << " m " << m << " n " << n << " k " << k << " "

@@ -67,7 +67,7 @@ class Report {
 // Runs `body` once per instruction-set variant that this CPU has.
 inline void for_each_isa(const std::function<void()> &body) {
   const vllm_ms::Isa before = vllm_ms::isa();
-  for (vllm_ms::Isa isa : {vllm_ms::Isa::portable, vllm_ms::Isa::avx2, vllm_ms::Isa::avx512}) {
+  for (vllm_ms::Isa isa : {vllm_ms::Isa::portable, vllm_ms::Isa::avx2, vllm_ms::Isa::avx512, vllm_ms::Isa::amx}) {
     if (!vllm_ms::isa_supported(isa)) continue;
     vllm_ms::set_isa(isa);
     body();

@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(VLLM_MS_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -11,10 +16,14 @@ namespace {
 
 std::atomic<int> chosen{-1};
 
-constexpr Isa kAll[] = {Isa::avx512, Isa::avx2, Isa::portable};  // best first
+constexpr Isa kAll[] = {Isa::amx, Isa::avx512, Isa::avx2, Isa::portable};  // best first
 
 bool built(Isa isa) {
   switch (isa) {
+#ifdef VLLM_MS_HAVE_AMX
+    case Isa::amx:
+      return true;
+#endif
 #ifdef VLLM_MS_HAVE_AVX512
     case Isa::avx512:
       return true;
@@ -30,6 +39,14 @@ bool built(Isa isa) {
   }
 }
 
+#ifdef VLLM_MS_HAVE_AMX
+// Linux gives a process the tiles' registers when it asks for them.
+bool tiles_permitted() {
+  constexpr int kArchRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool cpu_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -40,6 +57,12 @@ bool cpu_has(Isa isa) {
     return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+#ifdef VLLM_MS_HAVE_AMX
+  if (isa == Isa::amx) {
+    return cpu_has(Isa::avx512) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           tiles_permitted();
   }
 #endif
   return isa == Isa::portable;
@@ -58,13 +81,15 @@ Isa choose() {
     if (!cpu_has(isa)) throw std::runtime_error(std::string("VLLM_MS_CPU_ISA=") + wanted + ": this CPU lacks it");
     return isa;
   }
-  throw std::runtime_error(std::string("VLLM_MS_CPU_ISA=") + wanted + ": expected portable, avx2 or avx512");
+  throw std::runtime_error(std::string("VLLM_MS_CPU_ISA=") + wanted + ": expected portable, avx2, avx512 or amx");
 }
 
 }  // namespace
 
 const char *isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

@@ -1,6 +1,6 @@
 // Kernel variants by instruction set, and the choice between them at run time.
 //
-// Every file in kernels/ is compiled once per instruction set with -DVLLM_MS_ISA=<portable|avx2|avx512> and puts its
+// Every file in kernels/ is compiled once per instruction set with -DVLLM_MS_ISA=<portable|avx2|avx512|amx> and puts its
 // code into `namespace vllm_ms { namespace VLLM_MS_ISA {`. Its header declares each entry point once with
 // VLLM_MS_DECLARE_KERNEL, which declares all variants and a dispatching function of the same name in vllm_ms.
 //
@@ -11,7 +11,7 @@
 
 namespace vllm_ms {
 
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The variant in use: the best one of this CPU, or the one named by VLLM_MS_CPU_ISA. Throws std::runtime_error when
 // that name is unknown or the CPU or the build lacks it.
@@ -52,6 +52,19 @@ void set_isa(Isa isa);
 #define VLLM_MS_AVX512_CASE(name)
 #endif
 
+#ifdef VLLM_MS_HAVE_AMX
+#define VLLM_MS_AMX_DECLARE(name, Args) \
+  namespace amx {                       \
+  void name(const Args &args);          \
+  }
+#define VLLM_MS_AMX_CASE(name) \
+  case Isa::amx:               \
+    return amx::name(args);
+#else
+#define VLLM_MS_AMX_DECLARE(name, Args)
+#define VLLM_MS_AMX_CASE(name)
+#endif
+
 // Inside namespace vllm_ms: declares `void name(const Args &)` for every variant built, and the dispatcher.
 #define VLLM_MS_DECLARE_KERNEL(name, Args)             \
   namespace portable {                                 \
@@ -59,8 +72,10 @@ void set_isa(Isa isa);
   }                                                    \
   VLLM_MS_AVX2_DECLARE(name, Args)                     \
   VLLM_MS_AVX512_DECLARE(name, Args)                   \
+  VLLM_MS_AMX_DECLARE(name, Args)                      \
   VLLM_MS_INLINE void name(const Args &args) {         \
     switch (isa()) {                                   \
+      VLLM_MS_AMX_CASE(name)                           \
       VLLM_MS_AVX512_CASE(name)                        \
       VLLM_MS_AVX2_CASE(name)                          \
       default:                                         \

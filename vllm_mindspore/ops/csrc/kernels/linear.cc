@@ -3,24 +3,20 @@
 #include <type_traits>
 
 #include "../parallel.h"
-#include "activation_vec.h"
 #include "dot_tile.h"
+#include "linear_amx.h"
+#include "linear_finish.h"
 #include "norm_row.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int kBlock = 32;                   // weight rows per unit of work: 4 tiles, gated: 2 of gate and 2 of up
 constexpr int64_t kPanelBytes = 16 << 10;    // of one tile's weights, to stay in the first-level cache
 constexpr int64_t kPackedBytes = 1 << 20;    // of packed activations, to stay in the second-level cache
 constexpr int64_t kMinTokens = 24;
 constexpr int64_t kMaxTokens = 768;
 constexpr int64_t kPanelTokens = 6;          // from here on a tile's weights are read panel by panel
-
-VLLM_MS_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-VLLM_MS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-VLLM_MS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Activations of a block of tokens, normalised, converted to X and padded with zeros to whole steps.
 template <class X>
@@ -165,68 +161,23 @@ void multiply_tile(const WeightTile<T> &tile, const PackedTokens<X> &x, float *p
   }
 }
 
-// Bias, activation and residual of `count` output columns from `column` on; sums[t * kBlock ...].
-void finish_block(const LinearArgs &args, int64_t first_token, int64_t tokens, int64_t column, int64_t count,
-                  const float *sums) {
-  const bool gated = args.activation.gated;
-  const int64_t width = gated ? args.n / 2 : args.n;
-  constexpr int kUp = kBlock / 2;
-  alignas(64) float bias[kBlock] = {};
-  if (args.bias) {
-    VLLM_MS_DISPATCH_FLOAT(args.bias.dtype, B, {
-      const B *values = static_cast<const B *>(args.bias.data);
-      for (int64_t i = 0; i < count; ++i) {
-        bias[i] = to_float(values[column + i]);
-        if (gated) bias[kUp + i] = to_float(values[width + column + i]);
-      }
-    });
-  }
-  with_activation(args.activation.kind, [&](auto tag) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float *sum = sums + t * kBlock;
-      const int64_t offset = (first_token + t) * width + column;
-      for (int64_t i = 0; i < count; i += kLanes) {
-        Vec v = load(sum + i);
-        if (args.bias) v += load(bias + i);
-        v = activate<decltype(tag)::value>(v);
-        if (gated) {
-          Vec up = load(sum + kUp + i);
-          if (args.bias) up += load(bias + kUp + i);
-          v *= up;
-        }
-        const int64_t n = min64(kLanes, count - i);
-        if (n == kLanes) {
-          if (args.residual != nullptr) v += load(args.residual + offset + i);
-          store(args.out + offset + i, v);
-        } else {
-          if (args.residual != nullptr) v += load_n(args.residual + offset + i, n);
-          store_n(args.out + offset + i, v, n);
-        }
-      }
-    }
-  });
-}
-
 template <class T>
 void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedTokens<typename Packed<T>::Type> &x) {
   const T *weight = static_cast<const T *>(args.weight.data);
+  const BlockLayout layout(args);
   const bool gated = args.activation.gated;
-  const int64_t width = gated ? args.n / 2 : args.n;
-  const int64_t columns = gated ? kBlock / 2 : kBlock;  // outputs per block
-  const int64_t blocks = (width + columns - 1) / columns;
   constexpr int64_t kWorkPerChunk = 1 << 18;  // multiply-adds below which a second thread does not pay
   const int64_t work = max64(1, kBlock * args.k * x.tokens);
-  parallel_for(blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
+  parallel_for(layout.blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
     const Scratch sums_buffer(x.tokens * kBlock * sizeof(float));
     const Scratch partial_buffer(x.tokens * kTileRows * sizeof(Vec));
     float *sums = sums_buffer.as<float>();
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t column = block * columns;
-      const int64_t count = min64(columns, width - column);
+      const int64_t column = layout.column(block), count = layout.count(block);
       for (int half = 0; half < (gated ? 2 : 1); ++half) {
         for (int64_t i = 0; i < count; i += kTileRows) {
-          const WeightTile<T> tile(weight, half * width + column + i, min64(kTileRows, count - i), args.k);
-          multiply_tile(tile, x, partial_buffer.as<float>(), sums + half * (kBlock / 2) + i);
+          const WeightTile<T> tile(weight, half * layout.width + column + i, min64(kTileRows, count - i), args.k);
+          multiply_tile(tile, x, partial_buffer.as<float>(), sums + half * kUp + i);
         }
       }
       finish_block(args, first_token, x.tokens, column, count, sums);
@@ -252,6 +203,9 @@ void run(const LinearArgs &args) {
 
 void linear(const LinearArgs &args) {
   if (args.m == 0 || args.n == 0) return;
+#if defined(__AMX_BF16__)
+  if (args.weight.dtype == DType::bf16 && args.k > 0) return linear_amx(args);
+#endif
   VLLM_MS_DISPATCH_FLOAT(args.weight.dtype, T, { run<T>(args); });
 }
 

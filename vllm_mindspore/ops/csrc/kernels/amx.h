@@ -1,0 +1,93 @@
+// AMX tiles: 16 rows of 64 bytes. A product is C[i][j] += sum over k of A[i][k] B[k][j] for 16 rows i, 32 bf16 k and 16
+// columns j, where B holds pairs of k next to each other. Only for files of the amx variant.
+#pragma once
+
+#include "../vec.h"
+
+#if defined(__AMX_BF16__)
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+
+constexpr int kAmxRows = 16;                      // of a tile; also its columns of 4 bytes
+constexpr int kAmxDepth = 32;                     // bf16 of a row
+constexpr int kAmxTile = kAmxRows * kAmxDepth;    // bf16 of a tile: 1 KB
+constexpr int kAmxSums = kAmxRows * kAmxRows;     // floats of a tile
+
+// Shapes of the 8 tiles for the present thread, in force until it goes out of scope.
+//   0..3  sums: (first, first), (first, second), (second, first), (second, second)
+//   4, 5  first and second 16 weight rows
+//   6, 7  first and second 16 tokens
+class AmxTiles {
+ public:
+  AmxTiles(int64_t first_rows, int64_t second_rows, int64_t first_tokens, int64_t second_tokens) {
+    set(first_rows, second_rows, first_tokens, second_tokens);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles &) = delete;
+  AmxTiles &operator=(const AmxTiles &) = delete;
+
+  // Forgets what the tiles hold. All counts are 1 to 16.
+  void set(int64_t first_rows, int64_t second_rows, int64_t first_tokens, int64_t second_tokens) {
+    const int64_t wanted[4] = {first_rows, second_rows, first_tokens, second_tokens};
+    if (std::memcmp(wanted, present_, sizeof(wanted)) == 0) return;
+    std::memcpy(present_, wanted, sizeof(wanted));
+    alignas(64) Config config;
+    std::memset(&config, 0, sizeof(config));
+    config.palette = 1;
+    for (int tile = 0; tile < 4; ++tile) {
+      config.rows[tile] = tile < 2 ? first_rows : second_rows;
+      config.row_bytes[tile] = 4 * (tile % 2 == 0 ? first_tokens : second_tokens);
+    }
+    for (int i = 0; i < 2; ++i) {
+      config.rows[4 + i] = wanted[i];
+      config.row_bytes[4 + i] = 64;
+      config.rows[6 + i] = kAmxRows;
+      config.row_bytes[6 + i] = 4 * wanted[2 + i];
+    }
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  struct Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64, "layout of LDTILECFG");
+  int64_t present_[4] = {};
+};
+
+// out[j][i] = in[i][j] of 16 x 16 values of 4 bytes, in registers.
+VLLM_MS_INLINE void transpose16(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // v[4 r + c] has, in each quarter q, column 4 q + c of rows 4 r .. 4 r + 3
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd), e = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms
+
+#endif
