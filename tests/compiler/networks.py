@@ -14,6 +14,7 @@ from vllm_mindspore.graph_passes import PASSES, PassManager
 from vllm_mindspore.ops import registry
 
 registry.define_all()
+DEVICE = "cpu"
 _numbers = itertools.count()
 
 
@@ -31,7 +32,7 @@ def lowered(function, tensors: list[torch.Tensor], weights: dict[str, torch.Tens
     if passes:
         PassManager(PASSES).run(graph.module.graph)
     stored = {name: tensor.dtype for name, tensor in weights.items()} | {k: v.dtype for k, v in graph.constants.items()}
-    emitted = emit(graph, stored, "cpu", "test")
+    emitted = emit(graph, stored, DEVICE, "test")
     return emitted, graph.constants
 
 

@@ -5,6 +5,7 @@ import torch
 
 from vllm_mindspore.compiler import program
 
+from . import networks
 from .networks import lowered, run
 
 torch.manual_seed(0)
@@ -68,3 +69,23 @@ def test_one_compile_serves_every_number_of_tokens(tmp_path):
     assert program.compiled_graphs() - before == 1
     for size, rows in zip(sizes, found, strict=True):
         torch.testing.assert_close(rows, model(x[:size], **weights), rtol=1e-5, atol=1e-5)
+
+
+def test_consecutive_operators_are_written_as_one_up_to_a_result_that_others_use():
+    def model(x, **w):
+        a = torch.nn.functional.linear(x, w["a.weight"])
+        b = torch.nn.functional.linear(torch.relu(a), w["b.weight"])
+        return torch.nn.functional.linear(b, w["c.weight"]), b
+
+    weights = {f"{name}.weight": torch.randn(6, 6) for name in "abc"}
+    emitted, _ = lowered(model, [torch.randn(5, 6)], weights, passes=True)
+    assert emitted.source.count("= sequence(") == 1
+    assert 'build("linear"' in emitted.source, "the last linear follows a result that is returned"
+    assert emitted.operators == {"vllm_ms.linear.default": 3}
+
+
+def test_operators_stay_apart_on_ascend(monkeypatch):
+    monkeypatch.setattr(networks, "DEVICE", "ascend")
+    emitted, _ = lowered(*_arguments("aaaa"), passes=True)
+    assert "sequence" not in emitted.source
+    assert 'build("linear"' in emitted.source

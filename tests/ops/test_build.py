@@ -50,7 +50,7 @@ def test_variants_share_no_code():
 
 @pytest.mark.skipif(build.platform.machine() != "x86_64", reason="about x86 registers")
 def test_only_the_variants_use_wide_registers():
-    narrow = [path for path in objects("*.o") if not re.search(r"-avx\w+$", path.stem)]
+    narrow = [path for path in objects("*.o") if not re.search(r"-(avx\w+|amx)$", path.stem)]
     for path in [*narrow, *objects("kernels-*-avx2.o")]:
         listing = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert "zmm" not in listing, path.name

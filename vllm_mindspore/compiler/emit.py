@@ -22,10 +22,15 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from vllm_mindspore.compiler import ms_functions as F
-from vllm_mindspore.ops.registry import build
-
+{imports}
 DEVICE = {device!r}
 '''
+
+
+IMPORTS = {
+    "ascend": "from vllm_mindspore.ops.registry import build\n",
+    "cpu": "from vllm_mindspore.ops.cpu import sequence\nfrom vllm_mindspore.ops.registry import build\n",
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     inputs = captured.placeholders
     stored_nodes = {node: stored[item.name] for node, item in inputs.items() if item.kind in ("weight", "constant")}
     before, layers, after = find_layers(captured, stored_nodes)
-    writer = _NetworkWriter(captured, stored_nodes)
+    writer = _NetworkWriter(captured, stored_nodes, group=device == "cpu")
     classes = writer.layer_classes(layers)
     body = writer.network(before, layers, after)
-    source = "\n".join([HEADER.format(title=title, device=device), *classes, body])
+    source = "\n".join([HEADER.format(title=title, device=device, imports=IMPORTS[device]), *classes, body])
     step_inputs = tuple(item for item in inputs.values() if item.kind not in ("weight", "constant"))
     weights = tuple(item for item in inputs.values() if item.kind in ("weight", "constant"))
     operators = Counter(_operator(node) for node in [*before, *after, *(n for layer in layers for n in layer.nodes)])
@@ -102,6 +107,53 @@ def identifier(name: str) -> str:
     return text if text[:1].isalpha() or text[:1] == "_" else f"w_{text}"
 
 
+@dataclass(frozen=True)
+class OwnCall:
+    """A call of an operator of ours: its tensors in schema order (None: absent), and everything else by name.
+
+    present: names of the optional tensors that are given.
+    """
+
+    operator: str
+    tensors: tuple[Node | None, ...]
+    present: tuple[str, ...]
+    attributes: dict[str, object]
+
+    @classmethod
+    def of(cls, node: Node) -> "OwnCall":
+        tensors, present, attributes = [], [], {}
+        for argument, item in zip(node.target._schema.arguments, node.args, strict=True):
+            kind = str(argument.type)
+            if kind not in ("Tensor", "Optional[Tensor]"):
+                attributes[argument.name] = item
+                continue
+            tensors.append(item)
+            if kind == "Optional[Tensor]" and item is not None:
+                present.append(argument.name)
+        operator = node.target._schema.name.split("::")[1]
+        return cls(operator, tuple(tensors), tuple(present), attributes)
+
+
+def sequences(nodes: list[Node]) -> list[list[Node]]:
+    """`nodes` cut into runs: one node, or operators of ours of which only the last one's result leaves the run."""
+    runs, begin = [], 0
+    while begin < len(nodes):
+        end = begin
+        while end < len(nodes) and is_own(nodes[end]):
+            end += 1
+        while end > begin + 1 and _leaving(nodes[begin:end]) != [nodes[end - 1]]:
+            end -= 1
+        end = max(end, begin + 1)
+        runs.append(nodes[begin:end])
+        begin = end
+    return runs
+
+
+def _leaving(run: list[Node]) -> list[Node]:
+    inside = set(run)
+    return [node for node in run if any(user not in inside for user in node.users)]
+
+
 class _Block:
     """The body of one class: constructor lines, construct lines, and unique local names."""
 
@@ -117,8 +169,9 @@ class _Block:
 
 
 class _NetworkWriter:
-    def __init__(self, captured: CapturedGraph, stored: dict[Node, torch.dtype]):
-        self.captured, self.stored, self.inputs = captured, stored, captured.placeholders
+    def __init__(self, captured: CapturedGraph, stored: dict[Node, torch.dtype], group: bool):
+        """group: write consecutive operators of ours as one."""
+        self.captured, self.stored, self.inputs, self.group = captured, stored, captured.placeholders, group
         self.classes: dict[tuple, str] = {}
         self.symbols = self._symbols()
 
@@ -154,22 +207,44 @@ class _NetworkWriter:
             block.names[node] = name = block.fresh(re.sub(r"_\d+$", "", node.name))
             block.body.append(f"{name} = {writer.expression(node)}{self.comment(node)}")
             return
-        schema = node.target._schema
-        operator = schema.name.split("::")[1]
-        values = dict(zip((argument.name for argument in schema.arguments), node.args, strict=True))
-        kinds = {argument.name: str(argument.type) for argument in schema.arguments}
-        tensors = {name: item for name, item in values.items() if kinds[name] in ("Tensor", "Optional[Tensor]")}
-        attributes = {name: item for name, item in values.items() if name not in tensors}
-        present = tuple(n for n, item in tensors.items() if kinds[n] == "Optional[Tensor]" and item is not None)
-        attribute = block.fresh(operator)
-        settings = "".join(f", {name}={item!r}" for name, item in attributes.items())
-        block.init.append(f'self.{attribute} = build("{operator}", DEVICE, {present!r}{settings})')
-        operands = ", ".join(block.names[item] for item in tensors.values() if item is not None)
-        if not schema.returns:
+        call = OwnCall.of(node)
+        attribute = block.fresh(call.operator)
+        settings = "".join(f", {name}={item!r}" for name, item in call.attributes.items())
+        block.init.append(f'self.{attribute} = build("{call.operator}", DEVICE, {call.present!r}{settings})')
+        operands = ", ".join(block.names[item] for item in call.tensors if item is not None)
+        if not node.target._schema.returns:
             block.body.append(f"self.{attribute}({operands})")
             return
-        block.names[node] = name = block.fresh(f"{operator}_out")
+        block.names[node] = name = block.fresh(f"{call.operator}_out")
         block.body.append(f"{name} = self.{attribute}({operands}){self.comment(node)}")
+
+    def write_all(self, block: _Block, nodes: list[Node]) -> None:
+        """Append nodes in order."""
+        for run in sequences(nodes) if self.group else [[node] for node in nodes]:
+            if len(run) == 1:
+                self.write(block, run[0])
+            else:
+                self.write_sequence(block, run)
+
+    def write_sequence(self, block: _Block, run: list[Node]) -> None:
+        """Append operators of ours, of which only the last one's result is used elsewhere, as one."""
+        inputs: dict[Node, str] = {}
+        lines = []
+        attribute = block.fresh("operators")
+        for node in run:
+            call = OwnCall.of(node)
+            for operand in call.tensors:
+                if operand is not None and operand not in run:
+                    inputs[operand] = block.names[operand].removeprefix("self.")
+            operands = " ".join("-" if item is None else inputs.get(item) or block.names[item] for item in call.tensors)
+            settings = "".join(f" {name}={item}" for name, item in call.attributes.items())
+            block.names[node] = block.fresh(f"{call.operator}_out")
+            lines.append(f"{block.names[node]} = {call.operator} {operands}{settings}")
+        block.init.append(f"self.{attribute} = sequence(")
+        block.init.append(f'    "{" ".join(inputs.values())}",')
+        block.init += ['    """', *(f"    {line}" for line in lines), '    """,', ")"]
+        operands = ", ".join(block.names[node] for node in inputs)
+        block.body.append(f"{block.names[run[-1]]} = self.{attribute}({operands}){self.comment(run[-1])}")
 
     def layer_classes(self, layers: list[Segment]) -> list[str]:
         """The source of one class per kind of layer."""
@@ -198,8 +273,7 @@ class _NetworkWriter:
             block.init.append(f"self.{attribute} = weights[{key}]{self.comment(weight)}")
             block.names[weight] = f"self.{attribute}"
         parameters = [self._parameter(block, node) for node in layer.external]
-        for node in layer.nodes:
-            self.write(block, node)
+        self.write_all(block, layer.nodes)
         block.body.append("return " + ", ".join(block.names[node] for node in layer.results))
         indices = ", ".join(str(member.index) for member in kind)
         return _class(name, f"Layers {indices}.", "weights, prefix", block, parameters)
@@ -231,12 +305,10 @@ class _NetworkWriter:
                 attribute = block.fresh(identifier(item.name))
                 block.init.append(f'self.{attribute} = weights["{item.name}"]{self.comment(node)}')
                 block.names[node] = f"self.{attribute}"
-        for node in before:
-            self.write(block, node)
+        self.write_all(block, before)
         for layer in layers:
             self._layer_call(block, layer)
-        for node in after:
-            self.write(block, node)
+        self.write_all(block, after)
         block.body.append("return " + ", ".join(block.names[item] for item in results))
         return _class("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
 

@@ -6,16 +6,21 @@
 //   explicit Op(const Attributes &);                    reads the attributes, once per primitive
 //   Shape infer(const Inputs &) const;                  output shape; input dimensions unknown at compile time are -1
 //   void run(const Inputs &, void *out) const;            calls the kernel
-// and VLLM_MS_AOT_OPERATOR(Name, Op) exports Name, NameInit and NameInferShape. The output is float32.
+// and VLLM_MS_AOT_OPERATOR(Name, Op) exports Name, NameInit and NameInferShape, and enters the operator into the table
+// that wrappers/sequence.cc looks its steps up in. The output is float32.
 // infer and run report a wrong argument with fail(): at run time that becomes a message on stderr and a non-zero return.
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <map>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "aot_interface.h"
@@ -38,20 +43,34 @@ void require(bool condition, const Parts &...parts) {
   if (!condition) fail(parts...);
 }
 
+// The non-tensor arguments of an operator: a primitive's attributes, or the text of a step of a sequence.
 class Attributes {
  public:
+  using Values = std::map<std::string, std::string>;
   explicit Attributes(AotExtra *extra) : extra_(extra) {}
-  int64_t integer(const char *name) const { return checked(name)->GetAttrInt(name); }
-  float number(const char *name) const { return checked(name)->GetAttrFloat(name); }
-  bool flag(const char *name) const { return checked(name)->GetAttrBool(name); }
-  std::string text(const char *name) const { return checked(name)->GetAttrStr(name); }
+  explicit Attributes(Values values) : extra_(nullptr), values_(std::move(values)) {}
+
+  int64_t integer(const char *name) const {
+    return extra_ ? checked(name)->GetAttrInt(name) : std::strtoll(value(name).c_str(), nullptr, 10);
+  }
+  float number(const char *name) const {
+    return extra_ ? checked(name)->GetAttrFloat(name) : static_cast<float>(std::strtod(value(name).c_str(), nullptr));
+  }
+  bool flag(const char *name) const { return extra_ ? checked(name)->GetAttrBool(name) : value(name) == "True"; }
+  std::string text(const char *name) const { return extra_ ? checked(name)->GetAttrStr(name) : value(name); }
 
  private:
   AotExtra *checked(const char *name) const {
     require(extra_->HasAttr(name), "missing attribute '", name, "'");
     return extra_;
   }
+  const std::string &value(const char *name) const {
+    const auto found = values_.find(name);
+    require(found != values_.end(), "missing attribute '", name, "'");
+    return found->second;
+  }
   AotExtra *extra_;
+  Values values_;
 };
 
 inline DType parse_dtype(const char *name) {
@@ -93,7 +112,7 @@ struct Tensor {
 };
 
 // The tensor arguments of a call by their position in the schema. Attribute `present` is a bit mask over those
-// positions; MindSpore passes the present ones only.
+// positions, or -1 for all; MindSpore passes the present ones only.
 class Inputs {
  public:
   Inputs(int64_t present, int schema_tensors, int given, void **data, const int *ranks, int64_t **shapes,
@@ -101,7 +120,7 @@ class Inputs {
       : tensors_(schema_tensors) {
     int next = 0;
     for (int i = 0; i < schema_tensors; ++i) {
-      if (((present >> i) & 1) == 0) continue;
+      if (present >= 0 && ((present >> i) & 1) == 0) continue;
       if (given >= 0) require(next < given, "attribute 'present' names more tensors than the ", given, " given");
       Tensor &t = tensors_[i];
       t.given = true;
@@ -113,6 +132,7 @@ class Inputs {
     }
     if (given >= 0) require(next == given, given, " tensors given, attribute 'present' names ", next);
   }
+  explicit Inputs(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
   const Tensor &operator[](int position) const { return tensors_[position]; }
   int size() const { return static_cast<int>(tensors_.size()); }
 
@@ -154,19 +174,66 @@ inline std::string describe(int count, const int *ranks, int64_t **shapes, const
   return text.str();
 }
 
+// An operator as a step of a sequence.
+class Step {
+ public:
+  virtual ~Step() = default;
+  virtual Shape infer(const Inputs &) const = 0;
+  virtual void run(const Inputs &, void *out) const = 0;
+};
+
+struct StepType {
+  int tensors;
+  std::unique_ptr<Step> (*create)(const Attributes &);
+};
+
+// By name in the operator library. Filled when the library loads.
+inline std::map<std::string, StepType> &step_types() {
+  static std::map<std::string, StepType> types;
+  return types;
+}
+
+template <class Op>
+class OperatorStep : public Step {
+ public:
+  explicit OperatorStep(const Attributes &attributes) : op_(attributes) {}
+  Shape infer(const Inputs &inputs) const override { return op_.infer(inputs); }
+  void run(const Inputs &inputs, void *out) const override { op_.run(inputs, out); }
+
+ private:
+  Op op_;
+};
+
+template <class Op>
+bool register_step() {
+  step_types()[Op::kName] = {Op::kTensors, [](const Attributes &attributes) -> std::unique_ptr<Step> {
+                               return std::make_unique<OperatorStep<Op>>(attributes);
+                             }};
+  return true;
+}
+
+// What differs for an operator whose number of tensors is an attribute.
+template <class Op>
+struct Construction {
+  static std::shared_ptr<const Op> create(const Attributes &attributes) { return std::make_shared<Op>(attributes); }
+  static int tensors(const Op &) { return Op::kTensors; }
+};
+
 template <class Op>
 struct KernelData : AotKernelData {
-  KernelData(int64_t present, const Attributes &attributes) : present(present), op(attributes) {}
+  explicit KernelData(const Attributes &attributes)
+      : present(attributes.integer("present")), op(Construction<Op>::create(attributes)) {}
   int64_t present;
-  Op op;
+  std::shared_ptr<const Op> op;
 };
 
 template <class Op>
 Shape infer_shape(int *ranks, int64_t **shapes, AotExtra *extra) {
   try {
     const Attributes attributes(extra);
-    const Op op(attributes);
-    return op.infer(Inputs(attributes.integer("present"), Op::kTensors, -1, nullptr, ranks, shapes, nullptr));
+    const auto op = Construction<Op>::create(attributes);
+    const int tensors = Construction<Op>::tensors(*op);
+    return op->infer(Inputs(attributes.integer("present"), tensors, -1, nullptr, ranks, shapes, nullptr));
   } catch (const std::invalid_argument &error) {
     throw std::runtime_error(std::string("vllm_ms.") + Op::kName + ": " + error.what());
   }
@@ -176,7 +243,7 @@ template <class Op>
 int init(AotExtra *extra) {
   try {
     const Attributes attributes(extra);
-    extra->kernel_data = new KernelData<Op>(attributes.integer("present"), attributes);
+    extra->kernel_data = new KernelData<Op>(attributes);
     return 0;
   } catch (const std::exception &error) {
     std::fprintf(stderr, "vllm_ms.%s: %s\n", Op::kName, error.what());
@@ -190,10 +257,10 @@ int run(int count, void **data, int *ranks, int64_t **shapes, const char **dtype
     const auto *kernel =
         static_cast<const KernelData<Op> *>(static_cast<AotExtra *>(extra)->kernel_data);
     require(kernel != nullptr, "not initialised");
-    const Inputs inputs(kernel->present, Op::kTensors, count - 1, data, ranks, shapes, dtypes);
-    const int last = count - 1;
-    require(kernel->op.infer(inputs) == Shape(shapes[last], shapes[last] + ranks[last]), "unexpected output shape");
-    kernel->op.run(inputs, data[last]);
+    const int tensors = Construction<Op>::tensors(*kernel->op), last = count - 1;
+    const Inputs inputs(kernel->present, tensors, last, data, ranks, shapes, dtypes);
+    require(kernel->op->infer(inputs) == Shape(shapes[last], shapes[last] + ranks[last]), "unexpected output shape");
+    kernel->op->run(inputs, data[last]);
     return 0;
   } catch (const std::exception &error) {
     std::fprintf(stderr, "vllm_ms.%s: %s; inputs and output %s\n", Op::kName, error.what(),
@@ -208,6 +275,11 @@ int run(int count, void **data, int *ranks, int64_t **shapes, const char **dtype
 #define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define VLLM_MS_AOT_OPERATOR(Name, Op)                                                                         \
+  static const bool Name##_registered = vllm_ms::aot::register_step<Op>();                                     \
+  VLLM_MS_AOT_EXPORTS(Name, Op)
+
+// Without the table's entry.
+#define VLLM_MS_AOT_EXPORTS(Name, Op)                                                                          \
   VLLM_MS_EXPORT vllm_ms::aot::Shape Name##InferShape(int *ranks, int64_t **shapes, vllm_ms::aot::AotExtra *extra) { \
     return vllm_ms::aot::infer_shape<Op>(ranks, shapes, extra);                                                \
   }                                                                                                            \

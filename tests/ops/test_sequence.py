@@ -1,0 +1,79 @@
+"""Several operators as one: the same bits as one after the other, in both of MindSpore's modes, and clear errors."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from vllm_mindspore.ops.cpu import sequence
+from vllm_mindspore.ops.registry import build
+
+from .helpers import jit_with_dynamic_tokens, tensor
+
+PLAIN = "norm= eps=0.0 norm_offset=0.0 activation="
+PROGRAM = f"""
+    up = linear x w_up b_up - gamma - norm=rms eps=1e-06 norm_offset=1.0 activation=silu_and_mul
+    down = linear up w_down - x - - {PLAIN}
+    out = linear down w_up - - - - {PLAIN}
+"""
+NAMES = "x w_up b_up gamma w_down"
+
+
+def values(tokens: int, dtype: str) -> list[ms.Tensor]:
+    random = np.random.default_rng(3)
+    shapes = [(tokens, 33), (70, 33), (70,), (33,), (33, 35)]
+    x, *weights = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return [tensor(x), *(tensor(weight, dtype) for weight in weights)]
+
+
+def one_by_one(x, w_up, b_up, gamma, w_down):
+    plain = {"norm": "", "eps": 0.0, "norm_offset": 0.0, "activation": ""}
+    first = build("linear", "cpu", ("bias", "norm_weight"), norm="rms", eps=1e-6, norm_offset=1.0,
+                  activation="silu_and_mul")  # fmt: skip
+    down = build("linear", "cpu", ("residual",), **plain)(first(x, w_up, b_up, gamma), w_down, x)
+    return build("linear", "cpu", (), **plain)(down, w_up)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
+def test_a_sequence_gives_the_bits_of_its_operators(tokens, dtype):
+    arguments = values(tokens, dtype)
+    found = sequence(NAMES, PROGRAM)(*arguments)
+    assert found.shape == (tokens, 70)
+    np.testing.assert_array_equal(found.asnumpy(), one_by_one(*arguments).asnumpy())
+
+
+def test_a_compiled_sequence_takes_any_number_of_tokens():
+    example = values(3, "float32")
+    compiled = jit_with_dynamic_tokens(sequence(NAMES, PROGRAM), example, (0, None, None, None, None))
+    for tokens in (1, 3, 17):
+        arguments = values(tokens, "float32")
+        np.testing.assert_array_equal(compiled(*arguments).asnumpy(), one_by_one(*arguments).asnumpy())
+
+
+def test_more_inputs_than_a_bit_mask_has_bits():
+    names = [f"x{i}" for i in range(70)]
+    previous, lines = "x0", []
+    for i, name in enumerate(names[1:]):
+        lines.append(f"r{i} = binary {previous} {name} op=add")
+        previous = f"r{i}"
+    found = sequence(" ".join(names), "\n".join(lines))(*(tensor(np.full((2, 3), i, np.float32)) for i in range(70)))
+    np.testing.assert_array_equal(found.asnumpy(), np.full((2, 3), sum(range(70)), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("", "an empty program"),
+        ("y = convolution x", "no operator 'convolution'"),
+        ("y = activation z activation=relu", "activation: no input or earlier result 'z'"),
+        ("y = activation x", "missing attribute 'activation'"),
+        ("y = activation x relu", "'relu', expected name=value"),
+        ("activation x activation=relu", "expected 'result = operator ...'"),
+        (f"y = linear x w - - - {PLAIN}", "no input or earlier result 'norm='"),
+        (f"y = activation x activation=relu\nz = linear y w - - - - {PLAIN}", "step 1, linear: .*: 5 against 4"),
+    ],
+)
+def test_what_is_wrong_is_said(program, message):
+    x, w = tensor(np.zeros((2, 5), np.float32)), tensor(np.zeros((3, 4), np.float32))
+    with pytest.raises(RuntimeError, match=message):
+        sequence("x w", program)(x, w).asnumpy()

@@ -1,0 +1,154 @@
+// Several operators of one layer as one operator of MindSpore: what passes between them stays in memory of ours, and the
+// runtime's work per operator is paid once.
+#include <mutex>
+#include <optional>
+
+#include "../aot.h"
+#include "../parallel.h"
+
+namespace vllm_ms {
+namespace aot {
+namespace {
+
+// What a step's tensor argument is: one of the sequence's inputs, the result of an earlier step, or absent.
+struct Operand {
+  enum Kind { absent, input, result } kind;
+  int index;
+};
+
+struct SequenceStep {
+  std::string name, result;
+  std::unique_ptr<Step> op;
+  std::vector<Operand> operands;
+  std::vector<int> last_uses;  // results that no later step reads
+};
+
+using Names = std::map<std::string, Operand>;
+
+// One line of the program: `result = operator operands attributes`, an operand (or -) per tensor of the operator's
+// schema, attributes as name=value.
+SequenceStep parse_step(const std::string &line, const Names &known) {
+  std::istringstream words(line);
+  SequenceStep step;
+  std::string word;
+  require(static_cast<bool>(words >> step.result >> word >> step.name) && word == "=", "'", line,
+          "', expected 'result = operator ...'");
+  const auto type = step_types().find(step.name);
+  require(type != step_types().end(), "no operator '", step.name, "'");
+  for (int i = 0; i < type->second.tensors; ++i) {
+    require(static_cast<bool>(words >> word), step.name, ": ", i, " operands, expected ", type->second.tensors);
+    const auto operand = known.find(word);
+    require(operand != known.end(), step.name, ": no input or earlier result '", word, "'");
+    step.operands.push_back(operand->second);
+  }
+  Attributes::Values values;
+  while (words >> word) {
+    const size_t equals = word.find('=');
+    require(equals != std::string::npos, step.name, ": '", word, "', expected name=value");
+    values[word.substr(0, equals)] = word.substr(equals + 1);
+  }
+  step.op = type->second.create(Attributes(std::move(values)));
+  return step;
+}
+
+struct SequenceOp {
+  static constexpr const char *kName = "sequence";
+  std::vector<SequenceStep> steps;
+  int inputs;
+
+  explicit SequenceOp(const Attributes &a) : inputs(0) {
+    Names known{{"-", {Operand::absent, 0}}};
+    std::istringstream names(a.text("inputs"));
+    for (std::string name; names >> name; ++inputs) known[name] = {Operand::input, inputs};
+    std::istringstream lines(a.text("program"));
+    for (std::string line; std::getline(lines, line);) {
+      if (line.find_first_not_of(' ') == std::string::npos) continue;
+      steps.push_back(parse_step(line, known));
+      known[steps.back().result] = {Operand::result, static_cast<int>(steps.size()) - 1};
+    }
+    require(!steps.empty(), "an empty program");
+    std::vector<bool> read(steps.size());
+    for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+      for (const Operand &operand : step->operands) {
+        if (operand.kind != Operand::result || read[operand.index]) continue;
+        read[operand.index] = true;
+        step->last_uses.push_back(operand.index);
+      }
+    }
+  }
+
+  Shape infer(const Inputs &in) const {
+    std::vector<Shape> shapes(steps.size());
+    std::vector<Tensor> results(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) results[i] = infer_step(i, in, results, &shapes[i]);
+    return shapes.back();
+  }
+
+  void run(const Inputs &in, void *out) const {
+    std::vector<Shape> shapes(steps.size());
+    std::vector<Tensor> results(steps.size());
+    std::vector<std::optional<Scratch>> memory(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      results[i] = infer_step(i, in, results, &shapes[i]);
+      if (i + 1 == steps.size()) {
+        results[i].data = out;
+      } else {
+        results[i].data = memory[i].emplace(results[i].numel() * sizeof(float)).as<float>();
+      }
+      try {
+        steps[i].op->run(arguments(i, in, results), results[i].data);
+      } catch (const std::invalid_argument &error) {
+        fail("step ", i, ", ", steps[i].name, ": ", error.what());
+      }
+      for (int unused : steps[i].last_uses) memory[unused].reset();
+    }
+  }
+
+ private:
+  Inputs arguments(size_t i, const Inputs &in, const std::vector<Tensor> &results) const {
+    std::vector<Tensor> tensors;
+    for (const Operand &operand : steps[i].operands) {
+      if (operand.kind == Operand::absent) tensors.emplace_back();
+      if (operand.kind == Operand::input) tensors.push_back(in[operand.index]);
+      if (operand.kind == Operand::result) tensors.push_back(results[operand.index]);
+    }
+    return Inputs(std::move(tensors));
+  }
+
+  // The result of step i without its data; `shape` holds its dimensions.
+  Tensor infer_step(size_t i, const Inputs &in, const std::vector<Tensor> &results, Shape *shape) const {
+    try {
+      *shape = steps[i].op->infer(arguments(i, in, results));
+    } catch (const std::invalid_argument &error) {
+      fail("step ", i, ", ", steps[i].name, ": ", error.what());
+    }
+    Tensor result;
+    result.given = true;
+    result.dtype = DType::f32;
+    result.rank = static_cast<int>(shape->size());
+    result.dims = shape->data();
+    return result;
+  }
+};
+
+}  // namespace
+
+// MindSpore infers shapes before every launch, each time from the attributes: a program is parsed once.
+template <>
+struct Construction<SequenceOp> {
+  static std::shared_ptr<const SequenceOp> create(const Attributes &attributes) {
+    static std::mutex mutex;
+    static std::map<std::string, std::weak_ptr<const SequenceOp>> parsed;
+    const std::string key = attributes.text("inputs") + '\n' + attributes.text("program");
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<const SequenceOp> op = parsed[key].lock();
+    if (op == nullptr) parsed[key] = op = std::make_shared<SequenceOp>(attributes);
+    return op;
+  }
+  static int tensors(const SequenceOp &op) { return op.inputs; }
+};
+
+}  // namespace aot
+}  // namespace vllm_ms
+
+VLLM_MS_AOT_EXPORTS(Sequence, vllm_ms::aot::SequenceOp)
