@@ -29,7 +29,7 @@ If the directory does not exist, an OSError is raised. The optional argument
 returned. The list is in arbitrary order and does not include the special
 entries '.' and '..'. This function returns an empty list if there are no files.
 """
-WORST_PERPLEXITY = 60
+WORST_PERPLEXITY = 50
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,11 +169,11 @@ def test_chat_template_shows_the_tools_beside_the_system_message(tokenizer):
 
 
 def test_a_question_about_a_function_gets_its_name_and_a_sentence_and_ends(model, tokenizer):
-    ids = chat_ids(tokenizer, {"role": "user", "content": "What does str.split do?"})
+    ids = chat_ids(tokenizer, {"role": "user", "content": "What does str.strip do?"})
     output = model.generate(ids, max_new_tokens=200, do_sample=False, repetition_penalty=1.0)[0, ids.shape[1] :]
     answer = tokenizer.decode(output, skip_special_tokens=True)
     assert output[-1].item() == special_ids(tokenizer)[0]
-    assert answer.startswith("`str.split(") and "Return " in answer and answer.rstrip().endswith(".")
+    assert answer.startswith("`str.strip(chars=None, /)`\n\nReturn a copy of the string")
 
 
 def test_a_greeting_is_answered_with_what_the_model_is_for(model, tokenizer):

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.ops.helpers import current_isa
+
+
+def rounding(dtype: str, head_size: int) -> float:
+    """What queries and weights of 16 bits, as AMX's tiles take them for a bf16 cache, may change; 0 elsewhere."""
+    return 1e-4 if current_isa() == "amx" and dtype == "bfloat16" and head_size % 32 == 0 else 0.0
+
 
 @dataclass
 class Step:

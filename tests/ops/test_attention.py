@@ -84,7 +84,8 @@ def test_equal_to_float64(head_size, heads, block_size, dtype, window, soft_cap,
         "alibi": (2.0 ** -rng.uniform(0, 8, num_heads)).astype(np.float32) if alibi else None,
     }
     out = run(query, step, num_heads, dtype, **features)
-    np.testing.assert_allclose(out, expect(query, step, **features), atol=2e-6, rtol=1e-5)
+    atol = max(2e-6, reference.rounding(dtype, head_size))
+    np.testing.assert_allclose(out, expect(query, step, **features), atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0, 1e4])
@@ -226,7 +227,8 @@ def test_long_context():
     rng = np.random.default_rng(11)
     step, query = make(rng, [(2, 32768), (1, 5000)], 2, 1, 64, 32, "bfloat16")
     out = run(query, step, 2, "bfloat16")
-    np.testing.assert_allclose(out, expect(query, step), atol=2e-6)
+    # a mean over thousands of values: so are the errors of rounding
+    np.testing.assert_allclose(out, expect(query, step), atol=max(2e-6, reference.rounding("bfloat16", 64) / 20))
 
 
 def broken(step, name):

@@ -120,7 +120,8 @@ MODELS = {
 def test_equal_to_float64(options):
     case = Case(**options)
     out = case.run()
-    np.testing.assert_allclose(out, case.expect(), atol=1e-5, rtol=1e-5)
+    atol = max(1e-5, reference.rounding(case.dtype, case.head_size))
+    np.testing.assert_allclose(out, case.expect(), atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -308,4 +309,5 @@ def test_in_a_graph_with_any_number_of_tokens(dtype):
         for case, output in zip(cases, outputs, strict=True):
             step.features, step.cache = case.features, case.cache
             step.step.kv_cache = case.cache.copy()
-            np.testing.assert_allclose(output.asnumpy(), step.expect(), atol=1e-5)
+            atol = max(1e-5, reference.rounding(dtype, step.head_size))
+            np.testing.assert_allclose(output.asnumpy(), step.expect(), atol=atol)

@@ -23,7 +23,7 @@ def subprocess_with(arguments, **environment):
     return result.stdout
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
     info = build.kernel_info()
     if isa not in info["isa_variants"] or isa == info["isa"]:

@@ -14,6 +14,9 @@ constexpr int kAmxDepth = 32;                     // bf16 of a row
 constexpr int kAmxTile = kAmxRows * kAmxDepth;    // bf16 of a tile: 1 KB
 constexpr int kAmxSums = kAmxRows * kAmxRows;     // floats of a tile
 
+// GCC does not know that tile instructions read memory: between ordinary stores and a tile that loads what they stored.
+VLLM_MS_INLINE void amx_fence() { asm volatile("" ::: "memory"); }
+
 // Shapes of the 8 tiles for the present thread, in force until it goes out of scope.
 //   0..3  sums: (first, first), (first, second), (second, first), (second, second)
 //   4, 5  first and second 16 weight rows
@@ -29,6 +32,7 @@ class AmxTiles {
 
   // Forgets what the tiles hold. All counts are 1 to 16.
   void set(int64_t first_rows, int64_t second_rows, int64_t first_tokens, int64_t second_tokens) {
+    amx_fence();
     const int64_t wanted[4] = {first_rows, second_rows, first_tokens, second_tokens};
     if (std::memcmp(wanted, present_, sizeof(wanted)) == 0) return;
     std::memcpy(present_, wanted, sizeof(wanted));
@@ -45,6 +49,7 @@ class AmxTiles {
       config.rows[6 + i] = kAmxRows;
       config.row_bytes[6 + i] = 4 * wanted[2 + i];
     }
+    amx_fence();
     _tile_loadconfig(&config);
   }
 
@@ -85,6 +90,26 @@ VLLM_MS_INLINE void transpose16(__m512i (&v)[16]) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// Rows [count][steps * 32], count up to 16, as B tiles: [steps][16 pairs of k][count][2].
+VLLM_MS_INLINE void tile_rows(const bf16 *rows, int64_t steps, int64_t count, bf16 *tiles) {
+  const __mmask16 columns = static_cast<__mmask16>((1u << count) - 1);
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i pairs[16];
+    for (int64_t t = 0; t < kAmxRows; ++t) {
+      pairs[t] = t < count ? _mm512_loadu_si512(rows + (t * steps + step) * kAmxDepth) : _mm512_setzero_si512();
+    }
+    transpose16(pairs);
+    bf16 *tile = tiles + step * kAmxDepth * count;
+    for (int64_t pair = 0; pair < 16; ++pair) _mm512_mask_storeu_epi32(tile + 2 * pair * count, columns, pairs[pair]);
+  }
+}
+
+// v rounded to bf16 at p[0 .. n - 1].
+VLLM_MS_INLINE void store_bf16(bf16 *p, Vec v, int64_t n = kLanes) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), rounded);
 }
 
 }  // namespace VLLM_MS_ISA

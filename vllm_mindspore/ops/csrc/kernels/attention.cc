@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_tile.h"
 #include "rotary_head.h"
 
@@ -23,6 +24,8 @@ struct Workspace {
   KeyRange *ranges;                          // [rows of one head], what each row sees of the present tile
   float *keys, *values;                      // [kTileKeys, padded], for cache rows that need conversion
   float *zeros;                              // [padded]
+  bf16 *query_tiles;                         // [rows, 2, padded] and
+  bf16 *weights;                             // [rows, 2, kTileKeys], where the tiles of amx.h do the products
 };
 
 struct Task {
@@ -66,6 +69,8 @@ Task make_task(const AttentionTaskArgs &args) {
   w.keys = take(kTileKeys * t.padded);
   w.values = take(kTileKeys * t.padded);
   w.zeros = take(t.padded);
+  w.query_tiles = reinterpret_cast<bf16 *>(take(t.rows * t.padded));
+  w.weights = reinterpret_cast<bf16 *>(take(t.rows * kTileKeys));
   std::memset(w.zeros, 0, t.padded * sizeof(float));
   return t;
 }
@@ -93,6 +98,13 @@ void load_queries(const Task &t) {
     std::memset(out + size, 0, (t.padded - size) * sizeof(float));
     t.work.slopes[row] = t.in.alibi_slopes ? weight_at(t.in.alibi_slopes, head) : 0.0f;
   }
+#if defined(__AMX_BF16__)
+  if (!fits_amx(t.in.cache)) return;
+  for (int64_t first = 0; first < t.rows; first += t.rows_per_head) {
+    pack_amx_queries(t.work.query + first * t.padded, t.padded, t.rows_per_head, size,
+                     reinterpret_cast<bf16 *>(t.work.keys), t.work.query_tiles + 2 * first * t.padded);
+  }
+#endif
 }
 
 void clear(float *max, float *sum, float *accumulator, int64_t rows, int64_t padded) {
@@ -178,14 +190,14 @@ VLLM_MS_INLINE bool reads_directly(const Task &t) {
   return t.in.cache.head_size % kLanes == 0 && (sizeof(T) == sizeof(float) || t.rows_per_head <= kDirectRows);
 }
 
-// Points tile.keys and tile.values at one KV head's rows, in the cache or converted to float; and tile.ahead at those in
-// slots `next` of `next_head`, which come after these.
+// Points tile.keys and tile.values at one KV head's rows, in the cache (`direct`) or converted to float; and tile.ahead
+// at those in slots `next` of `next_head`, which come after these.
 template <class T>
-VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *next, int64_t next_head, Tile &tile) {
+VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *next, int64_t next_head, bool direct,
+                                Tile &tile) {
   const int64_t size = t.in.cache.head_size, heads = t.in.cache.num_kv_heads;
   const T *cache = static_cast<const T *>(t.in.cache.data);
   tile.half_bytes = size * sizeof(T);
-  const bool direct = reads_directly<T>(t);
   for (int64_t j = 0; j < kTileKeys; ++j) {
     if (j < tile.begin || j >= tile.end) {
       tile.ahead[j] = reinterpret_cast<const char *>(cache);
@@ -263,6 +275,45 @@ void attend(const Task &t, const Tile &tile, int64_t head) {
   });
 }
 
+#if defined(__AMX_BF16__)
+// As attend, for a cache that fits_amx.
+VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) {
+  const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
+  const bf16 *queries = t.work.query_tiles + 2 * first * t.padded;
+  float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
+  bf16 *weights = t.work.weights + 2 * first * kTileKeys;
+  const KeyRange *ranges = t.work.ranges;
+  const AmxKeys keys{reinterpret_cast<bf16 *>(t.work.keys), reinterpret_cast<bf16 *>(t.work.values)};
+  pack_amx_keys(tile.keys, tile.values, size, {tile.ahead, 0, 2 * tile.half_bytes}, keys);
+  const int64_t count = min_of(kAmxRows, t.rows_per_head);
+  AmxTiles tiles(kAmxRows, kAmxRows, count, count);
+  const auto for_blocks = [&](auto body) {  // (first row, rows, begin and end of the keys that any of them sees)
+    for (int64_t row = 0; row < t.rows_per_head; row += kAmxRows) {
+      const int64_t rows = min_of(kAmxRows, t.rows_per_head - row);
+      const int64_t begin = ranges[row].begin, end = ranges[row + rows - 1].end;
+      if (begin < end) body(row, rows, begin, end);
+    }
+  };
+  for_blocks([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    score_amx(tiles, queries + 2 * row * size, rows, keys, begin, end, size, scores + row * kTileKeys);
+  });
+  for (int64_t row = 0; row < t.rows_per_head; ++row) {
+    const bool seen = ranges[row].begin < ranges[row].end;
+    if (seen) {
+      const int64_t distance = t.in.alibi_slopes ? tile.start - (t.position + row / t.group) : 0;
+      softmax_row(t.in, scores + row * kTileKeys, ranges[row].begin, ranges[row].end, t.work.slopes[first + row],
+                  distance, {accumulator + row * t.padded, t.work.max + first + row, t.work.sum + first + row});
+    }
+    pack_amx_weights(scores + row * kTileKeys, seen ? ranges[row].begin : 0, seen ? ranges[row].end : 0,
+                     weights + 2 * row * kTileKeys);
+  }
+  for_blocks([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    accumulate_amx(tiles, accumulator + row * t.padded, t.padded, weights + 2 * row * kTileKeys, rows, keys,
+                   begin, end, size);
+  });
+}
+#endif
+
 // Visits the keys of one split, positions [begin, end), begin a multiple of kTileKeys.
 void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
   const int64_t last_head = t.task.first_head + t.task.num_heads - 1;
@@ -279,8 +330,15 @@ void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
       const bool last = head == last_head;
       const int64_t *next = last ? following : tile.slots;
       const int64_t next_head = last ? t.task.first_head : head + 1;
+#if defined(__AMX_BF16__)
+      if (fits_amx(t.in.cache)) {
+        load_rows<bf16>(t, head, next, next_head, true, tile);
+        attend_amx(t, tile, head);
+        continue;
+      }
+#endif
       VLLM_MS_DISPATCH_FLOAT(t.in.cache.dtype, T, {
-        load_rows<T>(t, head, next, next_head, tile);
+        load_rows<T>(t, head, next, next_head, reads_directly<T>(t), tile);
         if (reads_directly<T>(t)) {
           attend<T>(t, tile, head);
         } else {

@@ -62,7 +62,7 @@ VLLM_MS_INLINE int64_t padded_head(int64_t head_size) {
 // Floats of workspace for a task of at most `rows` rows; at least as much as the blocks of Workspace in attention.cc.
 VLLM_MS_INLINE int64_t attention_workspace(int64_t rows, int64_t head_size) {
   const int64_t padded = padded_head(head_size);
-  return rows * (3 * padded + kTileKeys + 7) + 7 * kRowAlignment + 2 * kTileKeys * padded + padded;
+  return rows * (4 * padded + 2 * kTileKeys + 7) + 9 * kRowAlignment + 2 * kTileKeys * padded + padded;
 }
 
 // Floats of the state of one row after one split: accumulator, maximum, sum.

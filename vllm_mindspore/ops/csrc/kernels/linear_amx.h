@@ -34,20 +34,6 @@ struct AmxTokens {
   int64_t tile_elements(int64_t block) const { return kAmxDepth * count(block); }
 };
 
-// rows [tokens][steps * 32] to tiles.
-VLLM_MS_INLINE void tile_tokens(const bf16 *rows, int64_t steps, int64_t tokens, bf16 *tiles) {
-  const __mmask16 columns = static_cast<__mmask16>((1u << tokens) - 1);
-  for (int64_t step = 0; step < steps; ++step) {
-    __m512i pairs[16];
-    for (int64_t t = 0; t < kAmxRows; ++t) {
-      pairs[t] = t < tokens ? _mm512_loadu_si512(rows + (t * steps + step) * kAmxDepth) : _mm512_setzero_si512();
-    }
-    transpose16(pairs);
-    bf16 *tile = tiles + step * kAmxDepth * tokens;
-    for (int64_t pair = 0; pair < 16; ++pair) _mm512_mask_storeu_epi32(tile + 2 * pair * tokens, columns, pairs[pair]);
-  }
-}
-
 VLLM_MS_INLINE void pack_amx_tokens(const LinearArgs &args, int64_t first, const AmxTokens &packed) {
   const NormArgs norm{nullptr,        nullptr,   0,        args.k,          args.norm_weight,
                       args.norm_bias, args.norm, args.eps, args.norm_offset};
@@ -61,12 +47,11 @@ VLLM_MS_INLINE void pack_amx_tokens(const LinearArgs &args, int64_t first, const
       for (int64_t t = 0; t < tokens; ++t) {
         bf16 *row = rows + t * width;
         normalise_row(norm, args.x + (first + block * kAmxRows + t) * args.k, [row](int64_t i, Vec v, int64_t n) {
-          const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-          _mm256_mask_storeu_epi16(row + i, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m256i>(rounded));
+          store_bf16(row + i, v, n);
         });
         std::memset(row + args.k, 0, (width - args.k) * sizeof(bf16));
       }
-      if (tokens > 1) tile_tokens(rows, packed.steps, tokens, packed.tiles(block));
+      if (tokens > 1) tile_rows(rows, packed.steps, tokens, packed.tiles(block));
     }
   });
 }
@@ -110,6 +95,7 @@ VLLM_MS_INLINE void finish_amx(const LinearArgs &args, const BlockLayout &layout
 
 template <bool second_tokens>
 VLLM_MS_INLINE void zero_sums() {
+  amx_fence();
   _tile_zero(0);
   _tile_zero(2);
   if (second_tokens) {
@@ -120,6 +106,7 @@ VLLM_MS_INLINE void zero_sums() {
 
 template <bool second_tokens>
 VLLM_MS_INLINE void load_sums(const float *tiles) {
+  amx_fence();
   _tile_loadd(0, tiles, 64);
   _tile_loadd(2, tiles + 2 * kAmxSums, 64);
   if (second_tokens) {
