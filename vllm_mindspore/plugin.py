@@ -4,6 +4,7 @@
 `vllm.general_plugins` (API process, engine core, workers, and the subprocess that inspects model classes).
 """
 
+import contextlib
 import os
 
 PLATFORM = "vllm_mindspore.platform.MindSporePlatform"
@@ -33,7 +34,19 @@ def register_platform() -> str:
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     processes.use_private_socket_directory()
+    _load_operators_early()
     return PLATFORM
+
+
+def _load_operators_early() -> None:
+    """Put the operators' library before the hundreds that vLLM and MindSpore bring.
+
+    MindSpore opens it by name before each launch of an operator, and the linker looks through what is loaded in order.
+    """
+    from vllm_mindspore.ops import build
+
+    with contextlib.suppress(build.BuildError):  # said where the operators are needed
+        build.load()
 
 
 def register() -> None:

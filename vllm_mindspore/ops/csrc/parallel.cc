@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -261,7 +262,32 @@ Pool &pool() {
 }
 
 constexpr int64_t kScratchAlignment = 64;
-constexpr int64_t kMaxFreeBytes = 64 << 20;  // kept between operators
+constexpr int64_t kMaxFreeBytes = 128 << 20;  // kept between operators
+constexpr int64_t kLargePage = 2 << 20;       // buffers of this size and more are mapped, in large pages if there are any
+
+// Few sizes, a quarter apart, so that a buffer of one step serves the next one of slightly other shapes.
+int64_t round_up_size(int64_t bytes) {
+  int64_t power = kScratchAlignment;
+  while (2 * power <= bytes) power *= 2;
+  const int64_t quarter = std::max(power / 4, kScratchAlignment);
+  return (bytes + quarter - 1) / quarter * quarter;
+}
+
+void *allocate(int64_t bytes) {
+  if (bytes < kLargePage) return std::aligned_alloc(kScratchAlignment, bytes);
+  void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  madvise(data, bytes, MADV_HUGEPAGE);
+  return data;
+}
+
+void release(void *data, int64_t bytes) {
+  if (bytes < kLargePage) {
+    std::free(data);
+  } else {
+    munmap(data, bytes);
+  }
+}
 
 }  // namespace
 
@@ -290,7 +316,7 @@ void parallel_for_impl(int64_t n, int64_t grain, ParallelBody body, void *contex
 }
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
-  bytes = std::max(bytes, kScratchAlignment);
+  bytes = round_up_size(std::max(bytes, kScratchAlignment));
   State &s = process_state();
   {
     std::lock_guard<std::mutex> lock(s.mutex);
@@ -309,26 +335,26 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
       return;
     }
   }
-  capacity_ = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-  data_ = std::aligned_alloc(kScratchAlignment, capacity_);
+  capacity_ = bytes;
+  data_ = allocate(capacity_);
   if (data_ == nullptr) throw std::bad_alloc();
 }
 
 Scratch::~Scratch() {
   State &s = process_state();
-  std::vector<void *> evicted;
+  std::vector<FreeBuffer> evicted;
   {
     std::lock_guard<std::mutex> lock(s.mutex);
     auto &list = s.free_buffers;
     list.push_back({data_, capacity_});
     s.free_bytes += capacity_;
     while (s.free_bytes > kMaxFreeBytes) {  // the longest unused first
-      evicted.push_back(list.front().data);
+      evicted.push_back(list.front());
       s.free_bytes -= list.front().capacity;
       list.erase(list.begin());
     }
   }
-  for (void *data : evicted) std::free(data);
+  for (const FreeBuffer &buffer : evicted) release(buffer.data, buffer.capacity);
 }
 
 }  // namespace vllm_ms
