@@ -13,13 +13,14 @@ ARGS =
 
 export PYTHON VENV VLLM HOST PORT
 
-.PHONY: help serve test test-slow support-table lint setup setup-test env clean
+.PHONY: help serve test test-slow bench-kernels support-table lint setup setup-test env clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 4
 	@echo
 	@echo '  make test-slow   the tests that take long        make lint    ruff'
 	@echo '  make setup       the set-up alone                make env     versions and problems, for a bug report'
+	@echo '  make bench-kernels  the kernels beside the machine'
 	@echo '  make clean       remove the environment and everything built'
 
 setup:
@@ -36,6 +37,9 @@ test: setup-test
 
 test-slow: setup-test
 	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)
+
+bench-kernels: setup-test
+	@$(VENV)/bin/python tests/bench/kernels.py
 
 support-table: setup-test
 	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest tests/models/test_parity.py $(ARGS)

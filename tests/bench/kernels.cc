@@ -1,0 +1,189 @@
+// What the kernels achieve, beside what the machine can do, both measured in one run. Built and run by kernels.py.
+//
+// Sizes are those of the Qwen3-0.6B shape, and weights and caches go round through more memory than caches hold.
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "attention_plan.h"
+#include "kernels/activation.h"
+#include "kernels/linear.h"
+#include "kernels/norm.h"
+#include "parallel.h"
+#include "peaks.h"
+
+using namespace vllm_ms;
+
+namespace {
+
+constexpr int kRounds = 5;
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// Median seconds of `work`, after one round that does not count.
+double median_seconds(const std::function<void()> &work) {
+  std::vector<double> seconds;
+  for (int round = 0; round <= kRounds; ++round) {
+    const double begin = now();
+    work();
+    if (round > 0) seconds.push_back(now() - begin);
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + kRounds / 2, seconds.end());
+  return seconds[kRounds / 2];
+}
+
+// Memory as the worker has it for weights and caches: in large pages where there are any.
+char *allocate(int64_t bytes) {
+  void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) std::abort();
+  madvise(data, bytes, MADV_HUGEPAGE);
+  return static_cast<char *>(data);
+}
+
+struct Peaks {
+  double bytes, products;  // a second
+} peaks;
+
+void report(const std::string &name, double seconds, double bytes, double operations) {
+  const double bound = std::max(bytes / peaks.bytes, operations / peaks.products);
+  std::printf("%-44s %10.1f us %8.1f GB/s %9.1f GFLOP/s %6.0f %% of the bound\n", name.c_str(), seconds * 1e6,
+              bytes / seconds * 1e-9, operations / seconds * 1e-9, 100 * bound / seconds);
+  std::fflush(stdout);
+}
+
+void linear_layers() {
+  struct Shape {
+    const char *name;
+    int64_t n, k;
+    bool gated;
+  };
+  const Shape shapes[] = {{"qkv", 4096, 1024, false}, {"o", 1024, 2048, false}, {"gate_up", 6144, 1024, true},
+                          {"down", 1024, 3072, false}, {"lm_head", 151936, 1024, false}};
+  constexpr int64_t kMemory = 640 << 20;
+  char *weights = allocate(kMemory);
+  for (int64_t i = 0; i < kMemory / 2; ++i) {
+    reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
+  }
+  for (const Shape &shape : shapes) {
+    for (int64_t m : {1, 8, 32, 64, 128, 512}) {
+      if (shape.n > 100000 && m > 64) continue;
+      const std::vector<float> x(m * shape.k, 0.5f);
+      std::vector<float> out(m * shape.n);
+      const int64_t bytes = shape.n * shape.k * 2, copies = kMemory / bytes;
+      const double seconds = median_seconds([&] {
+        for (int64_t i = 0; i < copies; ++i) {
+          LinearArgs args{};
+          args.x = x.data();
+          args.weight = {weights + i * bytes, DType::bf16};
+          args.out = out.data();
+          args.m = m;
+          args.n = shape.n;
+          args.k = shape.k;
+          args.activation = {shape.gated ? Activation::silu : Activation::identity, shape.gated};
+          linear(args);
+        }
+      });
+      report(std::string("linear ") + shape.name + ", " + std::to_string(m) + " tokens", seconds / copies, bytes,
+             2.0 * m * shape.n * shape.k);
+    }
+  }
+  munmap(weights, kMemory);
+}
+
+void attention_of(const char *name, int64_t requests, int64_t queries, int64_t length) {
+  constexpr int64_t kHeads = 16, kKvHeads = 8, kSize = 128, kBlock = 16;
+  const int64_t blocks = (length + kBlock - 1) / kBlock, slots = requests * blocks * kBlock;
+  const int64_t layer = slots * kKvHeads * 2 * kSize * 2, layers = std::max<int64_t>(1, (512 << 20) / layer);
+  char *cache = allocate(layer * layers);
+  for (int64_t i = 0; i < layer * layers / 2; ++i) reinterpret_cast<uint16_t *>(cache)[i] = 0x3c00 + (i & 0x83ff);
+  std::vector<int32_t> table(requests * blocks), starts, lengths(requests, length);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  for (int64_t r = 0; r <= requests; ++r) starts.push_back(static_cast<int32_t>(r * queries));
+  const std::vector<float> query(requests * queries * kHeads * kSize, 0.1f);
+  std::vector<float> out(query.size());
+  const double seconds = median_seconds([&] {
+    for (int64_t i = 0; i < layers; ++i) {
+      AttentionInputs in;
+      in.query = query.data();
+      in.query_stride = kHeads * kSize;
+      in.num_tokens = requests * queries;
+      in.cache = {cache + i * layer, DType::bf16, slots, kKvHeads, kSize};
+      in.block_table = table.data();
+      in.num_requests = requests;
+      in.max_blocks = blocks;
+      in.query_start_loc = starts.data();
+      in.seq_lens = lengths.data();
+      in.num_heads = kHeads;
+      in.block_size = kBlock;
+      in.scale = 0.1f;
+      in.out = out.data();
+      attention(in);
+    }
+  });
+  double pairs = 0;
+  for (int64_t q = 0; q < queries; ++q) pairs += length - queries + q + 1;
+  report(std::string(name) + ", " + std::to_string(requests) + " x " + std::to_string(length), seconds / layers, layer,
+         4.0 * requests * pairs * kHeads * kSize);
+  munmap(cache, layer * layers);
+}
+
+void rows() {
+  constexpr int64_t kRows = 32768, kWidth = 1024;
+  const std::vector<float> x(kRows * kWidth, 0.5f);
+  std::vector<float> out(x.size());
+  const std::vector<float> weight(kWidth, 1.0f);
+  NormArgs norm{};
+  norm.x = x.data();
+  norm.out = out.data();
+  norm.rows = kRows;
+  norm.width = kWidth;
+  norm.weight = {weight.data(), DType::f32};
+  norm.norm = Norm::rms;
+  norm.eps = 1e-6f;
+  report("rms_norm, rows of 1024", median_seconds([&] { norm_rows(norm); }), 2.0 * x.size() * sizeof(float), 0);
+  ActivationArgs gated{x.data(), out.data(), kRows / 2, kWidth, {Activation::silu, true}};
+  report("silu_and_mul, rows of 2 x 1024", median_seconds([&] { activate_rows(gated); }),
+         1.5 * x.size() * sizeof(float), 0);
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t kMemory = 1 << 30;
+  char *memory = allocate(kMemory);
+  std::fill(memory, memory + kMemory, 1);
+  peaks.bytes = kMemory / median_seconds([&] {
+    parallel_for(kMemory >> 16, 1, [&](int64_t begin, int64_t end) { read_memory(memory, begin << 16, end << 16); });
+  });
+  munmap(memory, kMemory);
+  const int64_t threads = num_threads();
+  double operations = 0;
+  const double seconds = median_seconds([&] {
+    parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) operations = multiply_bf16() * threads;
+    });
+  });
+  peaks.products = operations / seconds;
+  std::printf("instruction set %s, %ld threads; peaks: read %.1f GB/s, %s %.0f GFLOP/s\n", isa_name(isa()),
+              static_cast<long>(threads), peaks.bytes * 1e-9, kProducts, peaks.products * 1e-9);
+  linear_layers();
+  for (int64_t requests : {1, 8, 32}) {
+    for (int64_t length : {128, 1024, 8192}) {
+      if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);
+    }
+  }
+  for (int64_t length : {128, 512, 2048}) attention_of("attention, prefill", 1, length, length);
+  rows();
+}
