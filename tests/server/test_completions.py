@@ -28,7 +28,7 @@ def test_stream_concatenates_to_the_text_without_streaming(complete, greedy):
 
 
 def test_stream_of_several_choices_is_told_apart_by_index(complete):
-    options = {"n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 20}
+    options = {"n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 20, "ignore_eos": True}
     texts = [choice.text for choice in complete(PROMPT, **options).choices]
     streamed = ["", "", ""]
     for chunk in complete(PROMPT, stream=True, **options):
