@@ -14,6 +14,7 @@ from vllm_mindspore.graph_passes import (
     fuse_residual,
     fuse_rotary,
     merge_duplicates,
+    select_rows,
 )
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
 
@@ -27,6 +28,7 @@ PASSES: list[GraphPass] = [
     GraphPass("fuse_activation", fuse_activation.run),
     GraphPass("fuse_residual", fuse_residual.run),
     GraphPass("fuse_norm", fuse_norm.run),
+    GraphPass("select_rows", select_rows.run),
 ]
 
 __all__ = ["PASSES", "GraphPass", "PassManager", "PassReport"]

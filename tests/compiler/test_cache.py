@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from vllm_mindspore.compiler import cache
+from vllm_mindspore.compiler.pipeline import Compiler
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,21 @@ def test_its_size_and_place_are_told(directory):
     assert info["path"] == str(directory)
     assert info["entries"] == 1
     assert info["bytes"] > len("source") + len("graph")
+
+
+def test_an_entry_whose_building_failed_is_free_to_be_built_again():
+    def compiler() -> Compiler:
+        return Compiler({"model": "any"}, {}, [], device="cpu", eager=False)
+
+    failed = compiler()
+    with pytest.raises(ValueError, match="damaged weights"), failed.building():
+        failed.open()
+        raise ValueError("damaged weights")
+    again = compiler()
+    assert again.key == failed.key
+    with again.building():
+        assert not again.open()
+        again.close()
 
 
 def test_two_processes_do_not_build_an_entry_at_once(directory):

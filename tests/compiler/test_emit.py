@@ -33,9 +33,11 @@ def test_each_kind_of_layer_is_written_once(kinds, classes):
     assert emitted.source.count("class Layer") == classes
 
 
-def test_the_source_does_not_grow_with_the_number_of_layers_but_by_two_lines():
+@pytest.mark.parametrize(("device", "lines"), [("cpu", 1), ("ascend", 2)])
+def test_the_source_grows_with_the_number_of_layers_by_a_line_or_two(device, lines, monkeypatch):
+    monkeypatch.setattr(networks, "DEVICE", device)
     sizes = [len(lowered(*_arguments(kinds), passes=True)[0].source.splitlines()) for kinds in ("a" * 4, "a" * 14)]
-    assert sizes[1] - sizes[0] == 2 * 10
+    assert sizes[1] - sizes[0] == lines * 10
 
 
 def _arguments(kinds):
@@ -84,8 +86,41 @@ def test_consecutive_operators_are_written_as_one_up_to_a_result_that_others_use
     assert emitted.operators == {"vllm_ms.linear.default": 3}
 
 
+def test_layers_are_recorded_into_one_operator():
+    emitted, _ = lowered(*_arguments("abab"), passes=True)
+    assert emitted.source.count("Recorder()") == 1
+    assert "build(" not in emitted.source and "sequence(" not in emitted.source
+
+
+def test_layers_with_other_operators_are_not_recorded(tmp_path):
+    weights = {f"layers.{i}.weight": torch.randn(6, 6) for i in range(3)}
+
+    def model(x, **w):
+        for weight in w.values():
+            x = torch.cumsum(torch.nn.functional.linear(x, weight), -1)
+        return x
+
+    emitted, _ = lowered(model, [x := torch.randn(5, 6)], weights, passes=True)
+    assert "Recorder()" not in emitted.source and "class Layer(nn.Cell)" in emitted.source
+    torch.testing.assert_close(run(tmp_path, model, x, weights=weights), model(x, **weights), rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_a_returned_result_is_not_recorded(tmp_path):
+    weights = {f"layers.{i}.weight": torch.randn(6, 6) for i in range(3)} | {"head.weight": torch.randn(9, 6)}
+
+    def model(x, **w):
+        for name in list(weights)[:3]:
+            x = torch.nn.functional.linear(x, w[name])
+        return x, torch.relu(torch.nn.functional.linear(torch.nn.functional.silu(x), w["head.weight"])) + 1
+
+    emitted, _ = lowered(model, [x := torch.randn(5, 6)], weights, passes=True)
+    assert emitted.source.count("Recorder()") == emitted.source.count("sequence(") == 1
+    for found, wanted in zip(run(tmp_path, model, x, weights=weights, eager=False), model(x, **weights), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_operators_stay_apart_on_ascend(monkeypatch):
     monkeypatch.setattr(networks, "DEVICE", "ascend")
     emitted, _ = lowered(*_arguments("aaaa"), passes=True)
-    assert "sequence" not in emitted.source
+    assert "sequence" not in emitted.source and "Recorder" not in emitted.source
     assert 'build("linear"' in emitted.source

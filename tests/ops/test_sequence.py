@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from vllm_mindspore.ops.cpu import sequence
+from vllm_mindspore.ops.cpu import Recorder, sequence
 from vllm_mindspore.ops.registry import build
 
 from .helpers import jit_with_dynamic_tokens, tensor
@@ -77,3 +77,32 @@ def test_what_is_wrong_is_said(program, message):
     x, w = tensor(np.zeros((2, 5), np.float32)), tensor(np.zeros((3, 4), np.float32))
     with pytest.raises(RuntimeError, match=message):
         sequence("x w", program)(x, w).asnumpy()
+
+
+def record(arguments):
+    """The program above as a recording, and what to call it with."""
+    tokens, *tensors = arguments
+    run, weights = Recorder(), [ms.Parameter(value, name=f"w.{i}") for i, value in enumerate(tensors)]
+    w_up, b_up, gamma, w_down = weights
+    plain = {"norm": "", "eps": 0.0, "norm_offset": 0.0, "activation": ""}
+    up = run("linear", "x", w_up, b_up, None, gamma, None, norm="rms", eps=1e-6, norm_offset=1.0,
+             activation="silu_and_mul")  # fmt: skip
+    down = run("linear", up, w_down, None, "x", None, None, **plain)
+    run("linear", down, w_up, None, None, None, None, **plain)
+    primitive, found = run.primitive(["x"])
+    assert list(found) == weights, "each weight once, in the order of their first use"
+    return primitive, (tokens, *found)
+
+
+def test_a_recording_gives_the_bits_of_its_operators():
+    arguments = values(5, "bfloat16")
+    primitive, operands = record(arguments)
+    np.testing.assert_array_equal(primitive(*operands).asnumpy(), one_by_one(*arguments).asnumpy())
+
+
+def test_a_recorder_checks_its_calls():
+    run = Recorder()
+    with pytest.raises(TypeError, match="linear: 2 tensors given, schema"):
+        run("linear", "x", None, norm="", eps=0.0, norm_offset=0.0, activation="")
+    with pytest.raises(TypeError, match="attributes .* given, schema"):
+        run("activation", "x", kind="silu")

@@ -79,9 +79,15 @@ def test_seed_repeats_and_another_seed_differs(complete):
 @pytest.mark.parametrize(
     "options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}], ids=lambda o: next(iter(o))
 )
-def test_a_sampler_narrowed_to_the_best_token_is_greedy(complete, greedy, options):
+def test_a_sampler_narrowed_to_the_best_token_is_greedy(complete, options):
+    greedy = complete(PROMPT, max_tokens=40, ignore_eos=True, temperature=0, logprobs=2).choices[0]
     choice = complete(PROMPT, max_tokens=40, ignore_eos=True, **{"temperature": 1.0, "seed": 3, **options}).choices[0]
-    assert choice.token_ids == greedy.token_ids
+    decided = len(greedy.token_ids)
+    if "temperature" in options:  # vLLM takes 0.01 for anything lower: not enough to decide between close candidates
+        gaps = [max(best.values()) - min(best.values()) for best in greedy.logprobs.top_logprobs]
+        decided = next((i for i, gap in enumerate(gaps) if gap < 0.2), decided)
+    assert decided > 5
+    assert choice.token_ids[:decided] == greedy.token_ids[:decided]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.3}, {"min_p": 0.2}], ids=lambda o: next(iter(o)))

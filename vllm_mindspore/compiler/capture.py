@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Sizes of the example batch. Distinct, so that equal sizes share a symbol; large, so that none is mistaken for 0 or 1.
-NUM_TOKENS, NUM_REQS, MAX_BLOCKS, NUM_SLOTS = 8191, 61, 127, 4093
+NUM_TOKENS, NUM_REQS, MAX_BLOCKS, NUM_SLOTS, NUM_ROWS, NUM_LOGITS = 8191, 61, 127, 4093, 2039, 1021
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class CapturedGraph:
     def placeholders(self) -> dict[torch.fx.Node, GraphInput]:
         nodes = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         return dict(zip(nodes, self.inputs, strict=True))
+
+    @property
+    def results(self) -> list[torch.fx.Node]:
+        """The nodes the graph returns."""
+        output = next(node for node in self.module.graph.nodes if node.op == "output").args[0]
+        return [node for node in (output if isinstance(output, (tuple, list)) else [output]) if node is not None]
 
 
 class CaptureError(RuntimeError):

@@ -152,8 +152,17 @@ class Compiler:
         """State of MindSpore's files in the entry, or None when it does not use them."""
         return self.entry.compiled_files() if os.environ.get("MS_COMPILER_CACHE_ENABLE") == "1" else None
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Work on the entry: after a failure its lock is released, and the next start builds it again."""
+        try:
+            yield
+        except BaseException:
+            self._resources.close()
+            raise
+
     def close(self) -> None:
-        """Seal the entry and release its lock; after a failure leave it out, and the next start builds it again."""
+        """Seal the entry and release its lock."""
         if cache.cache_enabled() and self.entry.check():
             self.entry.seal()
         self._resources.close()

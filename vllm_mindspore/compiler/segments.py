@@ -1,8 +1,8 @@
 """Finds the repeated decoder layers in a graph, so that each kind is emitted (and parsed by MindSpore) once.
 
 A layer begins where the first weight or KV cache with its index is read. Two layers are of one kind when their
-operators, attributes, wiring and weights' shapes and types are the same. The last layer's tail that earlier layers do
-not have (final norm, …) is left outside.
+operators, attributes, wiring and weights' shapes and types are the same. What comes after the last layer (final norm,
+output head, …) is left outside.
 """
 
 import re
@@ -61,12 +61,13 @@ def find_layers(
     tail: list[Node] = []
     known = {segment.signature for segment in segments[:-1]}
     if segments[-1].signature not in known:
-        for length in sorted({len(segment.nodes) for segment in segments[:-1]}, reverse=True):
-            shortened = [*groups[:-1], groups[-1][:length]]
-            attempt = _describe(shortened, inputs, stored, nodes)
+        lengths = sorted({len(segment.nodes) for segment in segments[:-1]}, reverse=True)
+        for length in [*lengths, _end_of_layer(groups[-1], len(groups) - 1, inputs)]:
+            attempt = _describe([*groups[:-1], groups[-1][:length]], inputs, stored, nodes)
+            tail = groups[-1][length:]
             if attempt[-1].signature in {segment.signature for segment in attempt[:-1]}:
-                segments, tail = attempt, groups[-1][length:]
                 break
+        segments = attempt
     return nodes[: starts[0]], segments, tail
 
 
@@ -77,6 +78,19 @@ def _starts(nodes: list[Node], inputs: dict[Node, GraphInput]) -> list[int]:
         if max((index for index in indices if index is not None), default=-1) == len(starts):
             starts.append(position)
     return starts
+
+
+def _end_of_layer(nodes: list[Node], layer: int, inputs: dict[Node, GraphInput]) -> int:
+    """How many of `nodes` come before the first that reads a weight of no layer, once the layer's own were read."""
+    end = own = 0
+    for position, node in enumerate(nodes):
+        weights = [inputs[operand] for operand in node.all_input_nodes if operand in inputs]
+        layers = [_layer_of(weight) for weight in weights if weight.kind == "weight"]
+        if layer in layers:
+            own, end = position, len(nodes)
+        elif layers and end == len(nodes):
+            end = position
+    return max(end, own + 1)
 
 
 def _layer_of(graph_input: GraphInput) -> int | None:

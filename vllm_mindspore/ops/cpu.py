@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_mindspore.ops import build
 from vllm_mindspore.ops.operator import Operator
+from vllm_mindspore.ops.registry import OPERATORS
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,6 +47,45 @@ def sequence(inputs: str, program: str) -> Callable:
     """
     attributes = {"present": -1, "inputs": inputs, "program": program}
     return _primitive("Sequence", len(inputs.split()), True, attributes)
+
+
+class Recorder:
+    """Writes calls of operators down, to run them as one primitive.
+
+    A call `run(operator, *tensors, **attributes)` takes for each tensor of the operator's schema the name of an input
+    of each step, a Parameter, what an earlier call returned, or None if it is absent; it returns its result's name.
+    """
+
+    def __init__(self):
+        self._lines: list[str] = []
+        self._parameters: dict[str, Any] = {}
+
+    def __call__(self, operator: str, *tensors: Any, **attributes: Any) -> str:
+        """Raises ValueError or TypeError for arguments that do not fit the operator's schema."""
+        schema = OPERATORS[operator].schema
+        if len(tensors) != len(schema.tensors):
+            raise TypeError(f"{operator}: {len(tensors)} tensors given, schema {schema.text}")
+        operands = " ".join(self._name(tensor) for tensor in tensors)
+        settings = "".join(f" {name}={value}" for name, value in schema.convert(attributes).items())
+        result = f"%{len(self._lines)}"
+        self._lines.append(f"{result} = {operator} {operands}{settings}")
+        return result
+
+    def _name(self, tensor: Any) -> str:
+        if tensor is None or isinstance(tensor, str):
+            return tensor or "-"
+        self._parameters[tensor.name] = tensor
+        return tensor.name
+
+    def primitive(self, inputs: list[str]) -> tuple[Callable, Any]:
+        """(the primitive, its weights): call it with the inputs of a step, then the weights.
+
+        inputs: their names, in the order they are passed. It returns the result of the last recorded call.
+        """
+        from mindspore import ParameterTuple
+
+        names = " ".join([*inputs, *self._parameters])
+        return sequence(names, "\n".join(self._lines)), ParameterTuple(self._parameters.values())
 
 
 def _primitive(function: str, inputs: int, ordered: bool, attributes: dict[str, Any]) -> Callable:

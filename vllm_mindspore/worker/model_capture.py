@@ -1,4 +1,4 @@
-"""Captures the two functions of a vLLM model that run on the device: `forward` and `compute_logits`."""
+"""Captures what runs on the device of a vLLM model: `forward` with the logits of a step, and `compute_logits` alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,16 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_mindspore.compiler.capture import MAX_BLOCKS, NUM_REQS, NUM_SLOTS, NUM_TOKENS, Capture, CapturedGraph
-from vllm_mindspore.compiler.emit import results_of
+from vllm_mindspore.compiler.capture import (
+    MAX_BLOCKS,
+    NUM_LOGITS,
+    NUM_REQS,
+    NUM_ROWS,
+    NUM_SLOTS,
+    NUM_TOKENS,
+    Capture,
+    CapturedGraph,
+)
 from vllm_mindspore.worker.attention import GraphAttentionMetadata
 
 
@@ -34,9 +42,9 @@ def replaced_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -
 
 
 def capture_model(model: torch.nn.Module, vllm_config: VllmConfig) -> Iterator[CapturedGraph]:
-    """The graph of `forward`, then that of `compute_logits`, each captured when it is asked for."""
+    """The graph of a step, then that of `compute_logits` alone, each captured when it is asked for."""
     forward = capture_forward(model, vllm_config)
-    (hidden_states,) = results_of(forward)
+    hidden_states, _ = forward.results
     hidden_size = hidden_states.meta["val"].shape[-1]
     yield forward
     yield capture_logits(model, hidden_size)
@@ -54,7 +62,10 @@ def cache_owner(layer_name: str, layers: dict[str, Attention]) -> str:
 
 
 def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> CapturedGraph:
-    """input_ids [num_tokens] int32, positions [num_tokens] int64, attention inputs → [num_tokens, hidden] float32.
+    """input_ids [num_tokens] int32, positions [num_tokens] int64, attention inputs, rows [num_rows] int64,
+    logits_rows [num_logits] int64 → [num_rows, hidden] float32 and [num_logits, vocabulary] float32.
+
+    The first result is the hidden states of the tokens `rows`, the second the logits of its rows `logits_rows`.
 
     Every attention layer gets a slot mapping and a block table of its own; `bind_kv_groups` merges those of one group
     once vLLM has formed its KV cache groups.
@@ -65,6 +76,8 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
     capture.add_input("tensor", "positions", (NUM_TOKENS,), torch.int64, dynamic=(0,))
     capture.add_input("tensor", "query_start_loc", (NUM_REQS + 1,), torch.int32, dynamic=(0,))
     capture.add_input("tensor", "seq_lens", (NUM_REQS,), torch.int32, dynamic=(0,))
+    capture.add_input("tensor", "rows", (NUM_ROWS,), torch.int64, dynamic=(0,))
+    capture.add_input("tensor", "logits_rows", (NUM_LOGITS,), torch.int64, dynamic=(0,))
     layers = attention_layers(vllm_config)
     for name, layer in layers.items():
         if cache_owner(name, layers) == name:
@@ -74,7 +87,7 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
             capture.add_input("block_table", name, (NUM_REQS, MAX_BLOCKS), torch.int32, dynamic=(0, 1))
     position = {(graph_input.kind, graph_input.name): i for i, graph_input in enumerate(capture.inputs)}
 
-    def forward(tensors: list[torch.Tensor]) -> torch.Tensor:
+    def forward(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         def tensor(kind: str, name: str) -> torch.Tensor:
             return tensors[position[kind, name]]
 
@@ -94,12 +107,15 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
                 replaced_weights(model, {name: tensors[i] for name, i in weights.items()}),
                 set_forward_context(metadata, vllm_config, num_tokens=NUM_TOKENS, slot_mapping=slot_mapping),
             ):
-                return model.forward(
+                hidden_states = model.forward(
                     input_ids=tensor("tensor", "input_ids"),
                     positions=tensor("tensor", "positions"),
                     intermediate_tensors=None,
                     inputs_embeds=None,
                 )
+                selected = torch.ops.vllm_ms.embedding(tensor("tensor", "rows"), hidden_states)
+                sampled = torch.ops.vllm_ms.embedding(tensor("tensor", "logits_rows"), selected)
+                return selected, model.compute_logits(sampled)
         finally:
             for name, layer in layers.items():
                 layer.kv_cache = placeholders[name]

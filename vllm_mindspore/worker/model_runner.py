@@ -51,7 +51,8 @@ class MindSporeModelRunner(CPUModelRunner):
         def load_weights(model, model_config) -> None:
             self._prepare_graphs(model)
             huge_pages.request([*model.parameters(), *model.buffers()])
-            read_weights(model, model_config)
+            with self.compiler.building():
+                read_weights(model, model_config)
 
         loader.load_weights = load_weights
         begin = time.perf_counter()
@@ -75,13 +76,17 @@ class MindSporeModelRunner(CPUModelRunner):
             device="cpu",
             eager=self.model_config.enforce_eager,
         )
-        if not self.compiler.open():
-            started = time.perf_counter()
-            for captured in model_capture.capture_model(model, self.vllm_config):
-                logger.info("graph %s captured in %.1f s", captured.name, time.perf_counter() - started)
-                self.compiler.add(captured, self.model_config.architecture)
-                started = time.perf_counter()
+        with self.compiler.building():
+            if not self.compiler.open():
+                self._capture(model)
         self.compile_seconds += time.perf_counter() - begin
+
+    def _capture(self, model: torch.nn.Module) -> None:
+        started = time.perf_counter()
+        for captured in model_capture.capture_model(model, self.vllm_config):
+            logger.info("graph %s captured in %.1f s", captured.name, time.perf_counter() - started)
+            self.compiler.add(captured, self.model_config.architecture)
+            started = time.perf_counter()
 
     def compile_and_profile(self) -> None:
         """Compile both graphs and run the largest step on a KV cache of a few blocks.
@@ -89,6 +94,12 @@ class MindSporeModelRunner(CPUModelRunner):
         Afterwards the activations' memory is resident, so what is free can be given to the KV cache.
         """
         begin = time.perf_counter()
+        with self.compiler.building():
+            self._compile_and_profile()
+        self.compile_seconds += time.perf_counter() - begin
+        logger.info("graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin)
+
+    def _compile_and_profile(self) -> None:
         weights = facts.tensors_of(self.model)
         self.step = ModelStep(
             self.compiler.program("model", weights),
@@ -103,8 +114,6 @@ class MindSporeModelRunner(CPUModelRunner):
             self._run_dummy_step(self.max_num_tokens)
         self.compiler.close()
         self._cleanup_profiling_kv_cache()
-        self.compile_seconds += time.perf_counter() - begin
-        logger.info("graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin)
 
     def _initialize_small_kv_cache(self) -> None:
         config = compat.kv_cache_config(self.vllm_config, kv_groups.of_model(self.vllm_config), num_blocks=2)
@@ -126,6 +135,12 @@ class MindSporeModelRunner(CPUModelRunner):
         huge_pages.renew_zeros(caches.values())
         self.step.bind_kv_caches(caches)
         return caches
+
+    def _prepare_inputs(self, *args, **kwargs):
+        prepared = super()._prepare_inputs(*args, **kwargs)
+        logits_indices = prepared[0]
+        self.step.expect(logits_indices.long(), every_row=bool(self.num_prompt_logprobs))
+        return prepared
 
     def kv_cache_bytes_of_one_request(self) -> int:
         """Bytes of KV cache that one request of the maximum length needs."""

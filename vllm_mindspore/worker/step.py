@@ -1,4 +1,4 @@
-"""One step of the model: vLLM's inputs of a batch → the two compiled graphs → torch tensors, nothing copied."""
+"""One step of the model: vLLM's inputs of a batch → a compiled graph → torch tensors, nothing copied."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,8 @@ from vllm_mindspore.compiler.tensors import array_to_mindspore, to_mindspore, to
 class ModelStep:
     """Stands in for the model's `forward` and `compute_logits`.
 
+    The runner says with `expect` which rows it will ask the logits of: `forward` computes them in the same graph, and
+    `compute_logits` hands them out. Other hidden states go through the second graph, which has only the output head.
     KV caches are graph inputs of any size, so a cache of another size needs no other graph.
     """
 
@@ -29,7 +31,11 @@ class ModelStep:
         self.model, self.logits, self.groups = model, logits, groups
         self._cached_files = cached_files
         self.kv_caches: dict[str, object] = {}
-        (hidden_states,) = model.emitted.outputs
+        self._expected: torch.Tensor | None = None
+        self._every_row = False
+        self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._arange = torch.arange(0)
+        hidden_states, _ = model.emitted.outputs
         logits.compile([(hidden_states, torch.float32)], cached_files)
 
     def bind_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -57,27 +63,58 @@ class ModelStep:
             return (None, *self.kv_caches[item.name].shape[1:]), types[item.name]
         if item.kind == "block_table":
             return (None, None), torch.int32
-        if item.kind == "slot_mapping" or item.name == "positions":
+        if item.kind == "slot_mapping" or item.name in ("positions", "rows", "logits_rows"):
             return (None,), torch.int64
         return (None,), torch.int32
 
+    def expect(self, logits_indices: torch.Tensor, every_row: bool) -> None:
+        """For the next `forward`: [num_logits] int64, the tokens whose logits are needed.
+
+        every_row: the hidden states of all tokens are needed too, not only of these.
+        """
+        self._expected, self._every_row = logits_indices, every_row
+
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
-        """input_ids [num_tokens] int32, positions [num_tokens] int64 → hidden states [num_tokens, hidden] float32."""
+        """input_ids [num_tokens] int32, positions [num_tokens] int64 → hidden states [num_tokens, hidden] float32.
+
+        They are zero for tokens that `expect` did not name; without an `expect`, for all but the last.
+        """
         context = get_forward_context()
         metadata = context.attn_metadata
         if not isinstance(metadata, dict):
             raise RuntimeError("the model was called without attention metadata: nothing of this backend does that")
         common = next(iter(metadata.values()))
+        num_tokens = len(input_ids)
+        rows, logits_rows = self._rows(num_tokens)
         values = {
             "input_ids": input_ids,
             "positions": positions,
             "query_start_loc": common.query_start_loc,
             "seq_lens": common.seq_lens,
+            "rows": rows,
+            "logits_rows": logits_rows,
         }
         inputs = [
             self._input(item, values, metadata, context.slot_mapping, common) for item in self.model.emitted.inputs
         ]
-        return to_torch(self.model(inputs))
+        selected, logits = map(to_torch, self.model(inputs))
+        self._computed = (selected[logits_rows], logits) if len(rows) > len(logits_rows) else (selected, logits)
+        if len(rows) == num_tokens:
+            return selected
+        hidden_states = torch.zeros(num_tokens, selected.shape[1])
+        hidden_states[rows] = selected
+        return hidden_states
+
+    def _rows(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens whose hidden states are computed, rows of these whose logits are)."""
+        if len(self._arange) < num_tokens:
+            self._arange = torch.arange(num_tokens)
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return self._arange[num_tokens - 1 : num_tokens], self._arange[:1]
+        if self._every_row:
+            return self._arange[:num_tokens], expected
+        return expected, self._arange[: len(expected)]
 
     def _input(self, item: GraphInput, values, metadata, slots, common):
         if item.kind == "kv_cache":
@@ -91,6 +128,9 @@ class ModelStep:
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden] float32 → [num_rows, vocabulary] float32."""
+        computed, self._computed = self._computed, None
+        if computed is not None and torch.equal(computed[0], hidden_states):
+            return computed[1]
         return to_torch(self.logits([to_mindspore(hidden_states.contiguous())]))
 
 

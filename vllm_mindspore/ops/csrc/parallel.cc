@@ -322,10 +322,9 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
     std::lock_guard<std::mutex> lock(s.mutex);
     auto &list = s.free_buffers;
     auto best = list.end();
-    for (auto it = list.begin(); it != list.end(); ++it) {
-      if (it->capacity >= bytes && it->capacity <= 4 * bytes && (best == list.end() || it->capacity < best->capacity)) {
-        best = it;
-      }
+    for (auto it = list.begin(); it != list.end(); ++it) {  // of equal ones the last returned: it may still be cached
+      if (it->capacity < bytes || it->capacity > 4 * bytes) continue;
+      if (best == list.end() || it->capacity <= best->capacity) best = it;
     }
     if (best != list.end()) {
       data_ = best->data;

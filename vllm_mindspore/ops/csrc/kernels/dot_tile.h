@@ -50,21 +50,27 @@ VLLM_MS_INLINE Vec multiply_add(const bf16 *w, const bf16 *x, Vec sum) {
 }
 #endif
 
-// acc[i][j] += rows[i][begin:end] . x[j][begin:end]; the range is whole steps. With `prefetch` the same places of the
-// rows `ahead` elements further are brought into the second-level cache.
-template <int NR, int MT, bool prefetch, class T, class X>
-VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end, int64_t ahead,
-                               Vec (&acc)[NR][MT]) {
+// acc[i][j] += rows[i][begin:end] . x[j][begin:end]; the range is whole steps. With each step one at each of the `NP`
+// places `ahead` is brought into the second-level cache, or NP steps in a row from the first when they are a whole tile.
+template <int NR, int MT, int NP, class T, class X>
+VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end,
+                               const T *const *ahead, Vec (&acc)[NR][MT]) {
   const T *row[NR];
   const X *token[MT];
+  const T *fetch[NP == 0 ? 1 : NP];
 #pragma GCC unroll 8
   for (int i = 0; i < NR; ++i) row[i] = rows[i];
 #pragma GCC unroll 8
   for (int j = 0; j < MT; ++j) token[j] = x + j * ldx;
+#pragma GCC unroll 8
+  for (int i = 0; i < NP; ++i) fetch[i] = NP == kTileRows ? ahead[0] + i * Packed<T>::kStep : ahead[i] + begin;
   for (int64_t k = begin; k < end; k += Packed<T>::kStep) {
 #pragma GCC unroll 8
     for (int i = 0; i < NR; ++i) {
-      if (prefetch) __builtin_prefetch(row[i] + k + ahead, 0, 2);
+      if (i < NP) {
+        __builtin_prefetch(fetch[i], 0, 2);
+        fetch[i] += NP == kTileRows ? NP * Packed<T>::kStep : Packed<T>::kStep;
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < MT; ++j) acc[i][j] = multiply_add(row[i] + k, token[j] + k, acc[i][j]);
     }

@@ -16,7 +16,7 @@ constexpr int64_t kPanelBytes = 16 << 10;    // of one tile's weights, to stay i
 constexpr int64_t kPackedBytes = 1 << 20;    // of packed activations, to stay in the second-level cache
 constexpr int64_t kMinTokens = 24;
 constexpr int64_t kMaxTokens = 768;
-constexpr int64_t kPanelTokens = 6;          // from here on a tile's weights are read panel by panel
+constexpr int64_t kPanelTokens = 4;          // from here on a tile's weights are read panel by panel
 
 // Activations of a block of tokens, normalised, converted to X and padded with zeros to whole steps.
 template <class X>
@@ -76,10 +76,48 @@ struct Panel {
   bool first, last;
 };
 
+// The rows of the next tile, to be prefetched while this one is multiplied: an equal share in each pass over it, for the
+// memory has as much time as all of them take. A single pass prefetches in the order of the addresses.
+template <class T>
+struct Ahead {
+  const T *rows[kTileRows];
+  int left = 0, share = 0;
+
+  Ahead(const Panel<T> &panel, int64_t passes) {
+    if (panel.next_tile == 0) return;
+    for (int i = 0; i < kTileRows; ++i) rows[i] = panel.rows[i] + panel.next_tile;
+    left = kTileRows;
+    share = passes == 1 ? kTileRows : passes == 2 ? 4 : passes == 3 ? 3 : passes < kTileRows ? 2 : 1;
+  }
+};
+
+// accumulate() with the next share of `ahead`.
+template <int NR, int MT, class T, class X>
+VLLM_MS_INLINE void accumulate_ahead(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end,
+                                     Ahead<T> &ahead, Vec (&acc)[NR][MT]) {
+  const T *const *from = ahead.rows + kTileRows - ahead.left;
+  const int count = ahead.left < ahead.share ? ahead.left : ahead.share;
+  ahead.left -= count;
+  switch (count) {
+    case 0:
+      return accumulate<NR, MT, 0>(rows, x, ldx, begin, end, from, acc);
+    case 1:
+      return accumulate<NR, MT, 1>(rows, x, ldx, begin, end, from, acc);
+    case 2:
+      return accumulate<NR, MT, 2>(rows, x, ldx, begin, end, from, acc);
+    case 3:
+      return accumulate<NR, MT, 3>(rows, x, ldx, begin, end, from, acc);
+    case 4:
+      return accumulate<NR, MT, 4>(rows, x, ldx, begin, end, from, acc);
+    default:
+      return accumulate<NR, MT, kTileRows>(rows, x, ldx, begin, end, from, acc);
+  }
+}
+
 // `MT` tokens from `token` on. Sums wait in `partial` between the panels of a tile: out is complete with the last.
-template <int MT, bool prefetch, class T, class P, class X>
+template <int MT, class T, class P, class X>
 VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, int64_t token,
-                             float *partial, float *out) {
+                             Ahead<P> &ahead, float *partial, float *out) {
   constexpr int NR = rows_at_once(MT);
   const X *first = x.data + token * x.stride;
   for (int row = 0; row < kTileRows; row += NR) {
@@ -90,7 +128,7 @@ VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, c
 #pragma GCC unroll 8
       for (int j = 0; j < MT; ++j) acc[i][j] = panel.first ? zero() : load(saved + (j * kTileRows + i) * kLanes);
     }
-    accumulate<NR, MT, prefetch>(panel.rows + row, first, x.stride, panel.begin, panel.end, panel.next_tile, acc);
+    accumulate_ahead<NR, MT>(panel.rows + row, first, x.stride, panel.begin, panel.end, ahead, acc);
     if (!panel.last) {
 #pragma GCC unroll 8
       for (int i = 0; i < NR; ++i) {
@@ -100,35 +138,34 @@ VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, c
       continue;
     }
     if (tile.rest != 0) {
-      accumulate<NR, MT, false>(tile.tail_rows + row, first + tile.whole, x.stride, 0, WeightTile<T>::kStep, 0, acc);
+      accumulate<NR, MT, 0, T>(tile.tail_rows + row, first + tile.whole, x.stride, 0, WeightTile<T>::kStep, nullptr,
+                               acc);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < MT; ++j) reduce_rows(acc, j, out + (token + j) * kBlock + row);
   }
 }
 
-// The next 3, 2 or 1 tokens; returns how many. 4 are better served as 2 + 2 than as 3 + 1.
-template <bool prefetch, class T, class P, class X>
-VLLM_MS_INLINE int64_t run_tokens(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x,
-                                  int64_t token, float *partial, float *out) {
-  const int64_t left = x.tokens - token;
-  if (left == 3 || left > 4) {
-    run_tile<3, prefetch>(tile, panel, x, token, partial, out);
-    return 3;
-  }
-  if (left >= 2) {
-    run_tile<2, prefetch>(tile, panel, x, token, partial, out);
-    return 2;
-  }
-  run_tile<1, prefetch>(tile, panel, x, token, partial, out);
-  return 1;
-}
-
+// Tokens at a time: 3, and at the end 2 or 1; 4 are better served as 2 + 2 than as 3 + 1.
 template <class T, class P, class X>
 void run_panel(const WeightTile<T> &tile, const Panel<P> &panel, const PackedTokens<X> &x, float *partial,
                float *out) {
-  int64_t token = panel.next_tile != 0 ? run_tokens<true>(tile, panel, x, 0, partial, out) : 0;
-  while (token < x.tokens) token += run_tokens<false>(tile, panel, x, token, partial, out);
+  constexpr int kPasses = kTileRows / rows_at_once(kTileTokens);
+  Ahead<P> ahead(panel, x.tokens == 1 ? kTileRows / rows_at_once(1)
+                                      : (x.tokens + kTileTokens - 1) / kTileTokens * kPasses);
+  for (int64_t token = 0; token < x.tokens;) {
+    const int64_t left = x.tokens - token;
+    if (left == 3 || left > 4) {
+      run_tile<3>(tile, panel, x, token, ahead, partial, out);
+      token += 3;
+    } else if (left >= 2) {
+      run_tile<2>(tile, panel, x, token, ahead, partial, out);
+      token += 2;
+    } else {
+      run_tile<1>(tile, panel, x, token, ahead, partial, out);
+      token += 1;
+    }
+  }
 }
 
 // out[t * kBlock + i] = row i of the tile times token t.

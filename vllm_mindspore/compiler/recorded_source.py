@@ -1,0 +1,112 @@
+"""Writes a network whose layers are recorded into one operator.
+
+MindSpore's runtime costs more per operator than a small one takes, so a step on CPU is few of them. The source reads
+like `network_source`'s, with a class per kind of layer.
+"""
+
+from torch.fx import Node
+
+from vllm_mindspore.compiler.capture import CapturedGraph
+from vllm_mindspore.compiler.expressions import is_own
+from vllm_mindspore.compiler.network_source import Block, NetworkWriter, OwnCall, class_source, leaving
+from vllm_mindspore.compiler.segments import Segment
+
+
+def recorded_part(before: list[Node], layers: list[Segment], after: list[Node]) -> tuple[list[Node], list[Node]] | None:
+    """The nodes recorded together with all layers: (last of `before`, first of `after`).
+
+    Of what is recorded only the last result may be used elsewhere. None when there are no layers, or when they contain
+    anything but operators of ours.
+    """
+    inside = [node for layer in layers for node in layer.nodes]
+    if not inside or not all(map(is_own, inside)):
+        return None
+    begin, end = len(before), 0
+    while begin > 0 and is_own(before[begin - 1]):
+        begin -= 1
+    while end < len(after) and is_own(after[end]):
+        end += 1
+    for last in range(end, -1, -1):
+        part = [*before[begin:], *inside, *after[:last]]
+        if leaving(part) == part[-1:]:
+            return before[begin:], after[:last]
+    return None
+
+
+class RecordedWriter(NetworkWriter):
+    """A network of one recorded operator and what comes before and after it."""
+
+    def __init__(self, captured: CapturedGraph, stored: dict, first: list[Node], last: list[Node]):
+        """first, last: from `recorded_part`."""
+        super().__init__(captured, stored, group=True)
+        self.first, self.last = first, last
+
+    def record(self, names: dict[Node, str], node: Node, result: str) -> str:
+        """The line that records one operator."""
+        call = OwnCall.of(node)
+        operands = "".join(f", {'None' if item is None else names[item]}" for item in call.tensors)
+        settings = "".join(f", {name}={item!r}" for name, item in call.attributes.items())
+        return f'{result} = run("{call.operator}"{operands}{settings}){self.comment(node)}'
+
+    def _layer_class(self, name: str, kind: list[Segment], layers: list[Segment]) -> str:
+        layer, block = kind[0], Block()
+        self._layer_weights(block, layer, layers)
+        parameters = [self._parameter(block, node) for node in layer.external]
+        for node in layer.nodes:
+            block.names[node] = block.fresh(f"{OwnCall.of(node).operator}_out")
+            block.body.append(self.record(block.names, node, block.names[node]))
+        block.body.append("return " + ", ".join(block.names[node] for node in layer.results))
+        indices = ", ".join(str(member.index) for member in kind)
+        return class_source(name, f"Layers {indices}.", "weights, prefix", block, ["run", *parameters], cell=False)
+
+    def network(self, before: list[Node], layers: list[Segment], after: list[Node]) -> str:
+        """The source of the class `Network`."""
+        block, recorded = Block(), Block()
+        arguments = self._arguments(block)
+        before, after = before[: len(before) - len(self.first)], after[len(self.last) :]
+        self._network_weights(block, [*before, *after])
+        self.write_all(block, before)
+        inputs = self._recorded_inputs(layers)
+        recorded.names = {node: f'"{block.names[node]}"' for node in inputs}
+        block.init.append("run = Recorder()")
+        for node in self.stored:
+            recorded.names[node] = f'weights["{self.inputs[node].name}"]'
+        for node in self.first:
+            self._record_here(block, recorded, node)
+        for layer in layers:
+            self._layer_call(block, recorded, layer)
+        for node in self.last:
+            self._record_here(block, recorded, node)
+        result = self.last[-1] if self.last else layers[-1].results[-1]
+        names = [block.names[node] for node in inputs]
+        operators, weights = block.fresh("operators"), block.fresh("weights")
+        block.init.append(f"self.{operators}, self.{weights} = run.primitive({names!r})")
+        block.names[result] = block.fresh(recorded.names[result])
+        operands = ", ".join([*names, f"*self.{weights}"])
+        block.body.append(f"{block.names[result]} = self.{operators}({operands}){self.comment(result)}")
+        self.write_all(block, after)
+        block.body.append("return " + ", ".join(block.names[item] for item in self.captured.results))
+        return class_source("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
+
+    def _recorded_inputs(self, layers: list[Segment]) -> list[Node]:
+        nodes = [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
+        inside, found = set(nodes), {}
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                if operand not in inside and operand not in self.stored:
+                    found[operand] = None
+        return list(found)
+
+    def _record_here(self, block: Block, recorded: Block, node: Node) -> None:
+        recorded.names[node] = recorded.fresh(f"{OwnCall.of(node).operator}_out")
+        block.init.append(self.record(recorded.names, node, recorded.names[node]))
+
+    def _layer_call(self, block: Block, recorded: Block, layer: Segment) -> None:
+        operands = "".join(f", {recorded.names[node]}" for node in layer.external)
+        results = []
+        for node in layer.results:
+            recorded.names[node] = recorded.fresh("hidden_states")
+            results.append(recorded.names[node])
+        kind = f'{self.classes[layer.signature]}(weights, "{self._prefix(layer)}")'
+        comment = self.comment(layer.results[0]) if len(results) == 1 else ""
+        block.init.append(f"{', '.join(results)} = {kind}(run{operands}){comment}")
