@@ -1,15 +1,19 @@
-"""Normalize a row where the linear after it reads it.
+"""Normalize a row where the linear or the experts after it read it.
 
     linear(rms_norm(x, g), W)       →   linear(x, W, norm_weight=g, norm="rms")
     linear(layer_norm(x, g, b), W)  →   linear(x, W, norm_weight=g, norm_bias=b, norm="layer")
 
-A norm that feeds several linears (parallel attention and MLP) is computed by each: it is cheap beside a product.
-A norm with any other user stays.
+and the same for the x of moe_experts.
+
+A norm that feeds several of them (parallel attention and MLP, a router and its experts) is computed by each: it is
+cheap beside a product. A norm with any other user stays.
 """
 
 from torch.fx import Graph, Node
 
 from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace
+
+PRODUCTS = ("linear", "moe_experts")
 
 
 def run(graph: Graph) -> int:
@@ -30,13 +34,14 @@ def _fuse(graph: Graph, norm: Node) -> bool:
         "norm_offset": values.get("offset", 0.0),
     }
     for product in list(norm.users):
-        replace(graph, product, "linear", {**arguments(product), **fused})
+        name = next(name for name in PRODUCTS if product.target is operator(name))
+        replace(graph, product, name, {**arguments(product), **fused})
     graph.erase_node(norm)
     return True
 
 
 def _reads_as_input(user: Node, norm: Node) -> bool:
-    if not is_call(user, operator("linear")):
+    if not is_call(user, *map(operator, PRODUCTS)):
         return False
     values = arguments(user)
     return values["x"] is norm and not values["norm"] and values["residual"] is not norm

@@ -16,6 +16,8 @@ ROW_TENSORS = {
     "layer_norm": ("x",),
     "activation": ("x",),
     "binary": ("x", "y"),
+    "moe_route": ("logits",),
+    "moe_experts": ("x", "routing", "residual"),
 }
 
 

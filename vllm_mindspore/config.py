@@ -42,7 +42,11 @@ def _refuse_parallelism(parallel_config) -> None:
     ):
         if value > 1:
             raise UnsupportedOptionError(option, value, "1", "Run one process per model replica.")
-    for option, value in (("--enable-dbo", parallel_config.enable_dbo), ("--enable-eplb", parallel_config.enable_eplb)):
+    for option, value in (
+        ("--enable-expert-parallel", parallel_config.enable_expert_parallel),
+        ("--enable-dbo", parallel_config.enable_dbo),
+        ("--enable-eplb", parallel_config.enable_eplb),
+    ):
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
 
@@ -87,10 +91,6 @@ def _refuse_model(model_config) -> None:
     if model_config.use_mla:
         raise UnsupportedOptionError(
             name, "multi-head latent attention", "MHA, GQA and MQA attention", "Use another model."
-        )
-    if (model_config.get_num_experts() or 0) > 0:
-        raise UnsupportedOptionError(
-            name, f"a mixture of {model_config.get_num_experts()} experts", "dense models", "Use a dense model."
         )
     if model_config.is_hybrid or model_config.is_attention_free:
         raise UnsupportedOptionError(

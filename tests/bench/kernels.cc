@@ -16,6 +16,7 @@
 #include "attention_plan.h"
 #include "kernels/activation.h"
 #include "kernels/linear.h"
+#include "kernels/moe_experts.h"
 #include "kernels/norm.h"
 #include "parallel.h"
 #include "peaks.h"
@@ -102,6 +103,57 @@ void linear_layers() {
   munmap(weights, kMemory);
 }
 
+// A layer of Qwen3-30B-A3B: 128 experts of 768, 8 a token. The experts are others in every round.
+void experts() {
+  constexpr int64_t kExperts = 128, kTopK = 8, kHidden = 2048, kInter = 768;
+  constexpr int64_t kExpert = 3 * kInter * kHidden * 2;  // bytes
+  char *weights = allocate(kExperts * kExpert);
+  for (int64_t i = 0; i < kExperts * kExpert / 2; ++i) {
+    reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
+  }
+  for (int64_t tokens : {1, 4, 16, 64, 256, 1024}) {
+    constexpr int64_t kRoutings = 16;
+    std::vector<float> routing(kRoutings * tokens * 2 * kTopK, 0.1f);
+    uint32_t state = 1;
+    std::vector<bool> read(kExperts);
+    double bytes = 0;
+    for (int64_t i = 0; i < kRoutings; ++i) {
+      std::fill(read.begin(), read.end(), false);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t first = (state = state * 1664525u + 1013904223u) >> 25;
+        for (int64_t j = 0; j < kTopK; ++j) {
+          const int64_t expert = (first + 13 * j) % kExperts;
+          routing[(i * tokens + t) * 2 * kTopK + j] = static_cast<float>(expert);
+          bytes += read[expert] ? 0 : kExpert / static_cast<double>(kRoutings);
+          read[expert] = true;
+        }
+      }
+    }
+    const std::vector<float> x(tokens * kHidden, 0.5f);
+    std::vector<float> out(tokens * kHidden);
+    const double seconds = median_seconds([&] {
+      for (int64_t i = 0; i < kRoutings; ++i) {
+        MoeExpertsArgs args{};
+        args.x = x.data();
+        args.routing = routing.data() + i * tokens * 2 * kTopK;
+        args.w13 = {weights, DType::bf16};
+        args.w2 = {weights + kExperts * 2 * kInter * kHidden * 2, DType::bf16};
+        args.out = out.data();
+        args.tokens = tokens;
+        args.top_k = kTopK;
+        args.experts = kExperts;
+        args.hidden = args.width = kHidden;
+        args.inter = kInter;
+        args.activation = {Activation::silu, true};
+        moe_experts(args);
+      }
+    });
+    report("experts, 8 of 128, " + std::to_string(tokens) + " tokens", seconds / kRoutings, bytes,
+           2.0 * tokens * kTopK * 3 * kInter * kHidden);
+  }
+  munmap(weights, kExperts * kExpert);
+}
+
 void attention_of(const char *name, int64_t requests, int64_t queries, int64_t length) {
   constexpr int64_t kHeads = 16, kKvHeads = 8, kSize = 128, kBlock = 16;
   const int64_t blocks = (length + kBlock - 1) / kBlock, slots = requests * blocks * kBlock;
@@ -179,6 +231,7 @@ int main() {
   std::printf("instruction set %s, %ld threads; peaks: read %.1f GB/s, %s %.0f GFLOP/s\n", isa_name(isa()),
               static_cast<long>(threads), peaks.bytes * 1e-9, kProducts, peaks.products * 1e-9);
   linear_layers();
+  experts();
   for (int64_t requests : {1, 8, 32}) {
     for (int64_t length : {128, 1024, 8192}) {
       if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);

@@ -52,6 +52,29 @@ def test_equal_constants_become_one_input():
     assert next(iter(graph.constants.values())).tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
+class Aside(torch.nn.Module):
+    """A weight that something that is no module refers to, as attention implementations do."""
+
+    def __init__(self, part: slice):
+        super().__init__()
+        self.sinks = torch.nn.Parameter(torch.randn(4))
+        self.holder = [self.sinks[part] if part != slice(None) else self.sinks]
+
+    def forward(self, x):
+        return x + self.holder[0]
+
+
+def test_a_weight_that_is_kept_aside_is_read_like_the_others():
+    graph = capture(Aside(slice(None)))
+    assert [(item.kind, item.name) for item in graph.inputs] == [("weight", "sinks"), ("tensor", "x")]
+    assert not graph.constants, "its values are not known yet"
+
+
+def test_a_part_of_a_weight_that_is_kept_aside_is_refused():
+    with pytest.raises(CaptureError, match="part of its weight sinks"):
+        capture(Aside(slice(3, 4)))
+
+
 def test_half_precision_weights_are_captured_as_float32():
     graph = capture(Tied().eval().to(torch.bfloat16))
     types = {node.meta["val"].dtype for node, item in graph.placeholders.items() if item.kind == "weight"}

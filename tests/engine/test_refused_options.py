@@ -10,7 +10,6 @@ LLAMA = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, vocab_size=1000, max_position_embeddings=512,
 )  # fmt: skip
-MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=1)
 MLA = dict(
     kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, num_key_value_heads=4,
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
@@ -23,8 +22,6 @@ PALIGEMMA = dict(
                        num_attention_heads=2, image_size=28, patch_size=14),
 )  # fmt: skip
 MODELS = {
-    "mixture of experts": ({**LLAMA, **MOE, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
-                           "a mixture of 8 experts"),
     "latent attention": ({**LLAMA, **MLA, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]},
                          "multi-head latent attention"),
     "multimodal": (PALIGEMMA, "a multimodal model"),
@@ -68,6 +65,11 @@ def configure(monkeypatch):
 def test_unsupported_option(option, configure):
     with pytest.raises(ValueError, match=rf"{option}.*The MindSpore backend supports .+\. [A-Z].+"):
         configure(checkpoint("qwen3"), **OPTIONS[option])
+
+
+def test_expert_parallelism(configure):
+    with pytest.raises(ValueError, match=r"--enable-expert-parallel: found True\. The MindSpore backend supports"):
+        configure(checkpoint("mixtral"), enable_expert_parallel=True)
 
 
 @pytest.mark.parametrize("kind", MODELS)

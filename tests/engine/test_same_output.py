@@ -5,7 +5,8 @@ import pytest
 from tests.models.engine import engine, statistics
 from tests.models.reference import PROMPTS, reference
 
-FAMILIES = ["qwen3", "gemma2"]  # gemma2: two KV cache groups, sliding windows, soft caps
+# gemma2: two KV cache groups, sliding windows, soft caps; glm4-moe: experts, grouped routing, a shared expert
+FAMILIES = ["qwen3", "gemma2", "glm4-moe"]
 LONG = 48
 
 
@@ -55,7 +56,7 @@ def test_prefix_cache_hits_change_nothing(name, whole):
     assert first == second == whole[name]
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("qwen3", 26), ("gemma2", 40)])
+@pytest.mark.parametrize(("name", "blocks"), [("qwen3", 26), ("gemma2", 40), ("glm4-moe", 26)])
 def test_preemption_changes_nothing(name, blocks, whole):
     with engine(name, enable_prefix_caching=False, num_gpu_blocks_override=blocks, disable_log_stats=False) as llm:
         found, _ = generate(llm)
@@ -66,7 +67,7 @@ def test_preemption_changes_nothing(name, blocks, whole):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unfused_graphs_give_the_same_tokens(name, whole, monkeypatch):
-    monkeypatch.setenv("VLLM_MS_DISABLE_PASSES", "fuse_attention,fuse_norm,fuse_residual,fuse_activation")
+    monkeypatch.setenv("VLLM_MS_DISABLE_PASSES", "fuse_attention,fuse_norm,fuse_residual,fuse_activation,fuse_moe")
     with engine(name, enable_prefix_caching=False) as llm:
         found, _ = generate(llm)
         assert statistics(llm)["model"]["operators"]["vllm_ms.paged_attention.default"] > 0

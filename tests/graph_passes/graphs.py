@@ -52,3 +52,10 @@ def traced(function, *tensors: torch.Tensor) -> torch.fx.Graph:
 def linear(x, weight, bias=None, residual=None, activation=""):
     """An unfused linear, as legalization writes it."""
     return own.linear(x, weight, bias, residual, None, None, "", 0.0, 0.0, activation)
+
+
+def experts(x, logits, w13, w2, weight_on_input=False):
+    """A layer of experts with one expert a token, as the capture writes it."""
+    routing = own.moe_route(logits, None, 1, "softmax", True, 1, 1, 1.5)
+    absent, activation = [None] * 5, ("silu_and_mul", False, 1.0, 0.0, 0.0)
+    return own.moe_experts(x, routing, w13, w2, *absent, "", 0.0, 0.0, *activation, weight_on_input)

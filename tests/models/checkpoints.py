@@ -40,6 +40,7 @@ OUTPUT = ("o_proj", "down_proj", "out_proj", "fc2", "c_proj", ".dense.", "dense_
 UNGATED_DOWN = ("fc2", "mlp.c_proj", "dense_4h_to_h")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 POSITIONS = ("embed_positions", "wpe")
+CORRECTION_BIAS = "e_score_correction_bias"  # of a router: a buffer, or a parameter that does not train
 MAX_PROMPT = 151
 
 
@@ -77,12 +78,17 @@ def random_weights(family: Family) -> PreTrainedModel:
             if any(part in name for part in UNGATED_DOWN) and parameter.dim() == 2:
                 # ReLU and GELU have a positive mean, which would add the same vector to every token
                 parameter -= parameter.mean(dim=0 if config.model_type == "gpt2" else 1, keepdim=True)
+        for name, buffer in model.named_buffers():
+            if name.endswith(CORRECTION_BIAS):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
         _damp_unused_rows(model.get_output_embeddings().weight)
     return model
 
 
 def _distribution(name: str, parameter: torch.Tensor, scales: Scales, config) -> tuple[float, float]:
     """Mean and standard deviation of the parameter called `name`."""
+    if name.endswith(CORRECTION_BIAS):
+        return 0.0, 0.3
     if name.endswith("bias"):
         return 0.0, 0.05
     if parameter.dim() == 1:
@@ -90,7 +96,8 @@ def _distribution(name: str, parameter: torch.Tensor, scales: Scales, config) ->
         return mean - config.model_type.startswith(ZERO_CENTRED_NORMS), 0.2 * mean
     if any(part in name for part in POSITIONS):
         return 0.0, 0.1
-    fan_in = parameter.shape[0 if config.model_type == "gpt2" else 1]
+    transposed = config.model_type == "gpt2" or (config.model_type == "gpt_oss" and parameter.dim() == 3)
+    fan_in = parameter.shape[-2 if transposed else -1]
     if any(part in name for part in EMBEDDINGS):
         width = parameter.shape[1]
         is_input = "lm_head" not in name

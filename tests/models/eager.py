@@ -2,9 +2,10 @@
 
     python -m tests.models.eager FAMILY...        one JSON object per line: name, class, module, error, greedy
 
-No MindSpore, no KV cache, no compilation: a platform that only exists here, and attention written out. It proves the
-checkpoints and references of this package (tensor names, configuration fields, formulas), independently of the backend
-under test. It must own its process, because vLLM has one platform per process.
+Dense families only: vLLM has no experts in plain PyTorch. No MindSpore, no KV cache, no compilation: a platform that
+only exists here, and attention written out. It proves the checkpoints and references of this package (tensor names,
+configuration fields, formulas), independently of the backend under test. It must own its process, because vLLM has one
+platform per process.
 
 Both sides run torch's kernels, so an error of exactly 0 is possible and means no more than 1e-5 does: it happens where
 Hugging Face, like vLLM, applies SiLU to a strided half of a packed gate_up (Phi-3, GLM-4) or has no gate (GPT-2); the

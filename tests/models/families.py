@@ -1,4 +1,4 @@
-"""The dense families that are served, each as a tiny random model with the real architecture.
+"""The families that are served, each as a tiny random model with the real architecture.
 
 The dimensions are chosen to be awkward on purpose: odd intermediate sizes, GQA ratios from 1 to 7, head sizes from 16
 to 128 that are rarely powers of two, a vocabulary that is not a multiple of 64, sliding windows far shorter than the
@@ -36,6 +36,7 @@ from transformers import (
 
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .hub_families import HUB_FAMILIES
+from .moe_families import MOE_FAMILIES
 
 
 def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
@@ -344,4 +345,4 @@ _GPTS = [
     ),
 ]
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *HUB_FAMILIES)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *HUB_FAMILIES, *MOE_FAMILIES)}

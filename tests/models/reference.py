@@ -65,7 +65,11 @@ class Reference:
             config = AutoConfig.from_pretrained(folder)
             self._adjust(config)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=self.attention
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=self.attention,
+                experts_implementation="eager",  # its grouped products want sizes that are multiples of 16 bytes
             )
             model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
             self._models[dtype] = model.eval()

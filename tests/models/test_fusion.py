@@ -30,7 +30,17 @@ EXPECTED = {
     # q, k and v are interleaved by KV head in one projection: not the row the fused attention reads.
     "internlm2": (0, 3, 6, 6),
     "olmo2": (3, 3, 0, 0),
+    # Experts write their residuals themselves (MOE), and activations are theirs; a shared expert has its own.
+    **dict.fromkeys(["mixtral", "olmoe"], (3, 0, 3, 6)),
+    "qwen3-moe": (3, 1, 4, 6),
+    "qwen2-moe": (3, 6, 3, 6),
+    **dict.fromkeys(["glm4-moe", "ernie-moe"], (3, 3, 6, 6)),
+    "granite-moe": (3, 0, 0, 6),
+    "gpt-oss": (4, 0, 4, 8),
 }
+# family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model scales their result.
+MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 4, "ernie-moe": 2, "granite-moe": 6,
+       "gpt-oss": 4}  # fmt: skip
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}
 REWRITTEN = [name for name, family in FAMILIES.items() if family.vllm_class.startswith("Transformers")]
@@ -72,8 +82,9 @@ def test_passes_match_as_often_as_the_architecture_says(name):
     matches, layer_classes, operators = inspect_alone(name) if name in REWRITTEN else inspect(name)
     assert main_fusions(matches) == EXPECTED[name]
     assert matches["fuse_rotary"] == ROTARY.get(name, 0)
+    assert matches["fuse_moe"] == MOE.get(name, 0)
     assert (matches["drop_batch"] > 0) == (name in REWRITTEN)
-    if EXPECTED[name] == PRE_NORM:
+    if EXPECTED[name] == PRE_NORM and name not in MOE:
         assert layer_classes == 2, "the last layer selects the rows that are sampled"
         assert operators <= 5 * 3 + 10, "more than five operators a layer"
         assert matches["select_rows"] >= 4, "the last layer's output projection, gate and up, down, final norm"

@@ -11,6 +11,7 @@ import pytest
 from vllm_mindspore.ops import build
 
 FILES = ["test_linear.py", "test_norm.py", "test_activation.py", "test_embedding.py", "test_pointwise.py"]
+FILES += ["test_moe.py"]
 
 
 def other_variants() -> list[str]:

@@ -68,6 +68,7 @@ class Capture:
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.inputs: list[GraphInput] = []
         self.fakes: list[torch.Tensor] = []
+        self.weights: dict[int, tuple[str, torch.Tensor]] = {}  # by address
 
     def add_input(
         self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...] = ()
@@ -91,6 +92,8 @@ class Capture:
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             dtype = torch.float32 if tensor.dtype in FLOATS else tensor.dtype
             positions[name] = len(self.inputs)
+            if tensor.numel():
+                self.weights[tensor.untyped_storage().data_ptr()] = name, tensor
             self.add_input("weight", name, tuple(tensor.shape), dtype)
         return positions
 
@@ -123,7 +126,7 @@ class Capture:
         finally:
             torch.set_default_dtype(default_dtype)
         graph = CapturedGraph(self.name, module, list(self.inputs), self.fake_mode)
-        _lift_constants(graph)
+        _lift_constants(graph, self.weights)
         module.graph.eliminate_dead_code()
         _drop_unused_inputs(graph)
         module.recompile()
@@ -134,14 +137,28 @@ def _on_cpu(fake: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="cpu")
 
 
-def _lift_constants(captured: CapturedGraph) -> None:
-    """Tensors that the model holds outside its parameters and buffers (ALiBi slopes, …) become inputs."""
+def _lift_constants(captured: CapturedGraph, weights: dict[int, tuple[str, torch.Tensor]]) -> None:
+    """Tensors that the model holds outside its parameters and buffers (ALiBi slopes, …) become inputs.
+
+    A weight that the model refers to by a plain attribute (attention sinks) is the weight's input: it is not read yet.
+
+    Raises:
+        CaptureError: the model refers to a part of a weight by a plain attribute.
+    """
     graph = captured.module.graph
+    known_weights = {item.name: node for node, item in captured.placeholders.items() if item.kind == "weight"}
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
     nodes: dict[str, torch.fx.Node] = {}
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(captured.module, node.target)
         if not isinstance(value, torch.Tensor):
+            continue
+        name, weight = weights.get(value.untyped_storage().data_ptr() if value.numel() else 0, ("", None))
+        if weight is not None:
+            if (value.shape, value.stride()) != (weight.shape, weight.stride()):
+                raise CaptureError(f"capturing {captured.name}: the model keeps a part of its weight {name} aside")
+            node.replace_all_uses_with(known_weights[name])
+            graph.erase_node(node)
             continue
         same = next((name for name, known in captured.constants.items() if _equal(known, value)), None)
         lifted = nodes.get(same)

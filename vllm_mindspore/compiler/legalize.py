@@ -319,6 +319,7 @@ def _activation(name: str) -> Rule:
 
 RULES[aten.relu.default] = _activation("relu")
 RULES[aten.silu.default] = _activation("silu")
+RULES[aten.sigmoid.default] = _activation("sigmoid")
 
 
 @rule(aten.gelu.default)

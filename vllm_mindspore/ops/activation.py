@@ -12,6 +12,7 @@ ACTIVATIONS = (
     "gelu",
     "gelu_tanh",
     "relu2",
+    "sigmoid",
     "silu_and_mul",
     "gelu_and_mul",
     "gelu_tanh_and_mul",

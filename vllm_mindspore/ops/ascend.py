@@ -88,6 +88,8 @@ class Activation(_Operator):
             return self.relu(x)
         if self.kind == "relu2":
             return ops.square(self.relu(x))
+        if self.kind == "sigmoid":
+            return ops.sigmoid(x)
         return x
 
     def construct(self, *tensors):

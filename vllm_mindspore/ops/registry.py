@@ -13,7 +13,7 @@ __all__ = ["OPERATORS", "NAMESPACE", "Operator", "UnsupportedOperator", "build",
 NAMESPACE = "vllm_ms"
 
 # Each of these modules of vllm_mindspore.ops has a list OPERATORS.
-_DEFINITIONS = ("embedding", "linear", "norm", "activation", "pointwise", "rotary", "attention")
+_DEFINITIONS = ("embedding", "linear", "norm", "activation", "pointwise", "rotary", "attention", "moe")
 
 
 def _collect() -> dict[str, Operator]:

@@ -1,13 +1,15 @@
 """vLLM layers whose forward is replaced by one operator of ours, through `CustomOp.register_oot`.
 
 vLLM looks a replacement up by the layer's class name, so each class that shares a forward is registered by itself.
-Norms need nothing here: they reach the capture as `vllm_ir` operators.
+Norms need nothing here: they reach the capture as `vllm_ir` operators. Mixtures of experts are in `moe.py`.
 """
 
 import torch
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers import activation, rotary_embedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from vllm_mindspore.worker import moe
 
 
 def _rotary(self, positions, query, key=None, offsets=None):
@@ -60,6 +62,9 @@ def register() -> None:
         _register(cls, _rotary)
     for name, forward in ACTIVATIONS.items():
         _register(getattr(activation, name), forward)
+    for name, cls in moe.REPLACEMENTS.items():
+        if name not in op_registry_oot:
+            CustomOp.register_oot(cls, name=name)
 
 
 def _register(cls: type, forward) -> None:

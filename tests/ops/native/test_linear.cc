@@ -19,6 +19,8 @@ double activate(Activation::Kind kind, double x) {
       return x * 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::relu2:
       return x > 0 ? x * x : 0;
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-x));
     default:
       return x;
   }
@@ -108,8 +110,8 @@ struct Case {
 
 const Activation kActivations[] = {
     {Activation::identity, false}, {Activation::relu, false}, {Activation::silu, false}, {Activation::gelu, false},
-    {Activation::gelu_tanh, false}, {Activation::relu2, false}, {Activation::silu, true}, {Activation::gelu, true},
-    {Activation::gelu_tanh, true}};
+    {Activation::gelu_tanh, false}, {Activation::relu2, false}, {Activation::sigmoid, false}, {Activation::silu, true},
+    {Activation::gelu, true}, {Activation::gelu_tanh, true}};
 
 }  // namespace
 

@@ -33,6 +33,7 @@ TEST(activations_against_float64) {
         {Activation::gelu_tanh,
          [](double v) { return v / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v))); }},
         {Activation::relu2, [](double v) { return v > 0 ? v * v : 0.0; }},
+        {Activation::sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }},
     };
     for (const auto &function : functions) {
       std::vector<float> out(x.size(), NAN);

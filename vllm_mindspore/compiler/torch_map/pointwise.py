@@ -18,7 +18,6 @@ for _name, _expression in {
     "aten.exp.default": "ops.exp",
     "aten.log.default": "ops.log",
     "aten.tanh.default": "ops.tanh",
-    "aten.sigmoid.default": "ops.sigmoid",
     "aten.reciprocal.default": "ops.reciprocal",
     "aten.erf.default": "ops.erf",
     "aten.floor.default": "ops.floor",

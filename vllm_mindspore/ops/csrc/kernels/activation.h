@@ -8,12 +8,12 @@
 namespace vllm_ms {
 
 struct Activation {
-  enum Kind : int32_t { identity, relu, silu, gelu, gelu_tanh, relu2 };
+  enum Kind : int32_t { identity, relu, silu, gelu, gelu_tanh, relu2, sigmoid };
   Kind kind = identity;
   bool gated = false;  // *_and_mul: the input is [gate || up], the result act(gate) * up
 };
 
-// Reads "", "relu", "silu", "gelu", "gelu_tanh" or "relu2", also followed by "_and_mul"; false for anything else.
+// Reads "", "relu", "silu", "gelu", "gelu_tanh", "relu2" or "sigmoid", most also followed by "_and_mul"; false for anything else.
 inline bool parse_activation(const char *text, Activation *out) {
   struct Name {
     const char *name;
@@ -23,6 +23,7 @@ inline bool parse_activation(const char *text, Activation *out) {
       {"", {Activation::identity, false}},          {"relu", {Activation::relu, false}},
       {"silu", {Activation::silu, false}},          {"gelu", {Activation::gelu, false}},
       {"gelu_tanh", {Activation::gelu_tanh, false}}, {"relu2", {Activation::relu2, false}},
+      {"sigmoid", {Activation::sigmoid, false}},
       {"silu_and_mul", {Activation::silu, true}},   {"gelu_and_mul", {Activation::gelu, true}},
       {"gelu_tanh_and_mul", {Activation::gelu_tanh, true}},
   };

@@ -22,6 +22,8 @@ VLLM_MS_INLINE Vec activate(Vec x) {
       const Vec positive = vmax(zero(), x);
       return positive * positive;
     }
+    case Activation::sigmoid:
+      return vsigmoid(x);
     default:
       return x;
   }
@@ -46,6 +48,8 @@ VLLM_MS_INLINE void with_activation(Activation::Kind kind, Body body) {
       return body(KindTag<Activation::gelu_tanh>{});
     case Activation::relu2:
       return body(KindTag<Activation::relu2>{});
+    case Activation::sigmoid:
+      return body(KindTag<Activation::sigmoid>{});
     default:
       return body(KindTag<Activation::identity>{});
   }

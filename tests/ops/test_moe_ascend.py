@@ -1,0 +1,64 @@
+"""The Ascend implementations of mixtures of experts pass MindSpore's inference; routing is also run here."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from tests.ops.helpers import tensor
+from tests.ops.test_ascend_export import export, in_scratch_folder, ones  # noqa: F401  a fixture
+from vllm_mindspore.ops import registry
+
+PLAIN = dict(num_expert_group=1, topk_group=1)
+EXPERTS = dict(norm="", eps=1e-6, norm_offset=0.0, activation="silu_and_mul", interleaved=False, alpha=1.0, beta=0.0,
+               limit=0.0, weight_on_input=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(PLAIN, scoring="softmax", renormalize=True, scale=1.0),
+        dict(num_expert_group=4, topk_group=2, scoring="sigmoid", renormalize=True, scale=2.5),
+        dict(num_expert_group=6, topk_group=3, scoring="softmax", renormalize=False, scale=16.0),
+    ],
+)
+def test_routing_also_runs(options, biased):
+    random = np.random.default_rng(4)
+    inputs = [tensor(random.standard_normal((9, 24)))]
+    if biased:
+        inputs.append(tensor(random.standard_normal(24)))
+    given = ("bias",) if biased else ()
+    op = registry.build("moe_route", "ascend", given, top_k=5, **options)
+    assert "TopK" in export(op, *inputs)
+    expected = registry.build("moe_route", "cpu", given, top_k=5, **options)(*inputs).asnumpy()
+    np.testing.assert_allclose(op(*inputs).asnumpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("changed", "present"),
+    [
+        ({}, ()),
+        (dict(norm="rms"), ("residual", "norm_weight")),
+        (dict(activation="clamped_silu_and_mul", interleaved=True, limit=7.0), ("w13_bias", "w2_bias", "residual")),
+        (dict(activation="gelu_and_mul", norm="layer"), ("norm_weight", "norm_bias")),
+    ],
+)
+def test_experts(changed, present, dtype):
+    op = registry.build("moe_experts", "ascend", present, **{**EXPERTS, **changed})
+    shapes = {"w13_bias": (6, 8), "w2_bias": (6, 10), "residual": (5, 10), "norm_weight": (12,), "norm_bias": (12,)}
+    routing = ms.Tensor(np.array([[0, 3, 0.5, 0.5]] * 5, np.float32))
+    inputs = [ones(5, 12), routing, ones(6, 8, 12, dtype=dtype), ones(6, 10, 4, dtype=dtype)]
+    inputs += [
+        ones(*shapes[name], dtype="float32" if name == "residual" else dtype) for name in shapes if name in present
+    ]
+    graph = export(op, *inputs)
+    assert {"GroupedMatmul", "Sort"} <= graph
+
+
+def test_experts_weights_of_another_width_are_refused():
+    op = registry.build("moe_experts", "ascend", (), **EXPERTS)
+    with pytest.raises((ValueError, RuntimeError)):
+        export(op, ones(5, 12), ones(5, 4), ones(6, 8, 11), ones(6, 10, 4))

@@ -1,0 +1,85 @@
+"""Mixture of experts: which experts a token goes to, and what they compute."""
+
+from __future__ import annotations
+
+from vllm_mindspore.ops.activation import ACTIVATIONS
+from vllm_mindspore.ops.fakes import like_input
+from vllm_mindspore.ops.linear import NORMS
+from vllm_mindspore.ops.operator import Operator, Schema
+
+SCORINGS = ("softmax", "sigmoid")
+EXPERT_ACTIVATIONS = (*ACTIVATIONS, "clamped_silu_and_mul")
+
+
+def _route_fake(logits, bias, top_k, scoring, renormalize, num_expert_group, topk_group, scale):
+    return like_input(logits, (logits.shape[0], 2 * top_k))
+
+
+def _check_route(given, top_k, scoring, renormalize, num_expert_group, topk_group, scale):
+    if scoring not in SCORINGS:
+        raise ValueError(f"moe_route: scoring {scoring!r} is not one of {SCORINGS}")
+    if top_k < 1:
+        raise ValueError(f"moe_route: top_k {top_k} is not positive")
+    if not 1 <= topk_group <= num_expert_group:
+        raise ValueError(f"moe_route: topk_group {topk_group} of {num_expert_group} groups")
+
+
+def _experts_fake(x, routing, w13, w2, *_):
+    return like_input(x, (x.shape[0], w2.shape[1]))
+
+
+def _check_experts(given, norm, activation, interleaved, **_):
+    if activation not in EXPERT_ACTIVATIONS:
+        raise ValueError(f"moe_experts: activation {activation!r} is not one of {EXPERT_ACTIVATIONS}")
+    if interleaved and not activation.endswith("_and_mul"):
+        raise ValueError(f"moe_experts: interleaved is for gated activations, not {activation!r}")
+    if norm not in NORMS:
+        raise ValueError(f"moe_experts: norm {norm!r} is not one of {NORMS}")
+    if "norm_bias" in given and norm != "layer":
+        raise ValueError("moe_experts: norm_bias is for norm='layer' only")
+    if "norm_weight" in given and not norm:
+        raise ValueError("moe_experts: norm_weight given without a norm")
+
+
+def _ascend(name):
+    def build(given, **attributes):
+        from vllm_mindspore.ops import moe_ascend
+
+        return getattr(moe_ascend, name)(given, **attributes)
+
+    return build
+
+
+OPERATORS = [
+    Operator(
+        # logits [T, E] f32, bias [E]; [T, 2 * top_k]: expert ids, best first, then their weights. Experts are chosen by
+        # scoring(logits) + bias, from the best topk_group of num_expert_group groups; weights are scoring(logits),
+        # divided by their sum if renormalize, times scale.
+        name="moe_route",
+        schema=Schema.parse(
+            "(Tensor logits, Tensor? bias, int top_k, str scoring, bool renormalize, int num_expert_group,"
+            " int topk_group, float scale) -> Tensor"
+        ),
+        fake=_route_fake,
+        cpu="MoeRoute",
+        ascend=_ascend("MoeRoute"),
+        check=_check_route,
+    ),
+    Operator(
+        # x [T, H] f32, routing as above, w13 [E, 2 * I, H] (gate rows, then up rows; alternating if interleaved) or
+        # [E, I, H] without a gate, w2 [E, N, I], biases [E, 2 * I] and [E, N]. Result [T, N]: the sum over a token's
+        # experts of weight * w2(act(w13(norm(x)))), + residual. Ids outside of [0, E) contribute nothing. alpha, beta
+        # and limit are for clamped_silu_and_mul: min(g, limit) sigmoid(alpha min(g, limit)) (clamp(u, -limit, limit)
+        # + beta). weight_on_input (top_k 1): the weight multiplies norm(x) instead.
+        name="moe_experts",
+        schema=Schema.parse(
+            "(Tensor x, Tensor routing, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, Tensor? residual,"
+            " Tensor? norm_weight, Tensor? norm_bias, str norm, float eps, float norm_offset, str activation,"
+            " bool interleaved, float alpha, float beta, float limit, bool weight_on_input) -> Tensor"
+        ),
+        fake=_experts_fake,
+        cpu="MoeExperts",
+        ascend=_ascend("MoeExperts"),
+        check=_check_experts,
+    ),
+]
