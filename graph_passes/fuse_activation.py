@@ -7,7 +7,7 @@ For `silu_and_mul` and its kin, W is vLLM's merged [gate; up] weight: the fused 
 
 from torch.fx import Graph
 
-from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace
+from vllm_mindspore.graph_passes.nodes import arguments, calls, is_linear, operator_name, replace
 
 
 def run(graph: Graph) -> int:
@@ -15,11 +15,11 @@ def run(graph: Graph) -> int:
     fused = 0
     for node in calls(graph, "activation"):
         product, name = node.args
-        if not is_call(product, operator("linear")) or len(product.users) != 1:
+        if not is_linear(product) or len(product.users) != 1:
             continue
         values = arguments(product)
         if values["activation"] or values["residual"] is not None:
             continue
-        replace(graph, node, "linear", {**values, "activation": name})
+        replace(graph, node, operator_name(product), {**values, "activation": name})
         fused += 1
     return fused

@@ -5,7 +5,7 @@ binary(linear(x, W), b, "add"), b a vector of outputs   →   linear(x, W, bias=
 
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace
+from vllm_mindspore.graph_passes.nodes import arguments, calls, is_linear, operator_name, replace
 
 
 def run(graph: Graph) -> int:
@@ -16,16 +16,16 @@ def run(graph: Graph) -> int:
             continue
         for product, bias in (add.args[:2], add.args[1::-1]):
             if _foldable(product, bias):
-                replace(graph, add, "linear", {**arguments(product), "bias": bias})
+                replace(graph, add, operator_name(product), {**arguments(product), "bias": bias})
                 fused += 1
                 break
     return fused
 
 
 def _foldable(product: object, bias: object) -> bool:
-    if not is_call(product, operator("linear")) or len(product.users) != 1 or not isinstance(bias, Node):
+    if not is_linear(product) or len(product.users) != 1 or not isinstance(bias, Node):
         return False
     values = arguments(product)
     plain = values["bias"] is None and values["residual"] is None and not values["activation"]
     shape = bias.meta["val"].shape
-    return plain and bias.op == "placeholder" and len(shape) == 1 and shape[0] == values["weight"].meta["val"].shape[0]
+    return plain and bias.op == "placeholder" and len(shape) == 1 and shape[0] == product.meta["val"].shape[-1]

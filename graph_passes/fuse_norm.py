@@ -11,9 +11,15 @@ cheap beside a product. A norm with any other user stays.
 
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace
-
-PRODUCTS = ("linear", "moe_experts")
+from vllm_mindspore.graph_passes.nodes import (
+    arguments,
+    calls,
+    is_call,
+    is_linear,
+    operator,
+    operator_name,
+    replace,
+)
 
 
 def run(graph: Graph) -> int:
@@ -34,14 +40,13 @@ def _fuse(graph: Graph, norm: Node) -> bool:
         "norm_offset": values.get("offset", 0.0),
     }
     for product in list(norm.users):
-        name = next(name for name in PRODUCTS if product.target is operator(name))
-        replace(graph, product, name, {**arguments(product), **fused})
+        replace(graph, product, operator_name(product), {**arguments(product), **fused})
     graph.erase_node(norm)
     return True
 
 
 def _reads_as_input(user: Node, norm: Node) -> bool:
-    if not is_call(user, *map(operator, PRODUCTS)):
+    if not (is_linear(user) or is_call(user, operator("moe_experts"))):
         return False
     values = arguments(user)
     return values["x"] is norm and not values["norm"] and values["residual"] is not norm

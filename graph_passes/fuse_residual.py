@@ -5,7 +5,7 @@ binary(linear(x, W), residual, "add")   →   linear(x, W, residual=residual)
 
 from torch.fx import Graph
 
-from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace, same_shape
+from vllm_mindspore.graph_passes.nodes import arguments, calls, is_linear, operator_name, replace, same_shape
 
 
 def run(graph: Graph) -> int:
@@ -15,11 +15,11 @@ def run(graph: Graph) -> int:
         if add.args[2] != "add" or not same_shape(*add.args[:2]):
             continue
         for product, residual in (add.args[:2], add.args[1::-1]):
-            if not is_call(product, operator("linear")) or len(product.users) != 1:
+            if not is_linear(product) or len(product.users) != 1:
                 continue
             values = arguments(product)
             if values["residual"] is None:
-                replace(graph, add, "linear", {**values, "residual": residual})
+                replace(graph, add, operator_name(product), {**values, "residual": residual})
                 fused += 1
                 break
     return fused

@@ -3,6 +3,8 @@
 import torch
 from torch.fx import Graph, Node
 
+LINEARS = ("linear", "linear_int8", "linear_int4")  # alike but for their weights
+
 
 def operator(name: str) -> torch._ops.OpOverload:
     """The overload of one of our operators, e.g. `operator("linear")`."""
@@ -16,6 +18,17 @@ def is_call(node: object, *targets: object) -> bool:
 def calls(graph: Graph, name: str) -> list[Node]:
     """Every call of our operator `name`, in program order."""
     return graph.find_nodes(op="call_function", target=operator(name))
+
+
+def is_linear(node: object) -> bool:
+    """Whether `node` is a product with a weight, whatever the weight's storage."""
+    return isinstance(node, Node) and node.op == "call_function" and operator_name(node) in LINEARS
+
+
+def operator_name(node: Node) -> str:
+    """The name of a call of our operators; empty for any other."""
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "vllm_ms"
+    return node.target._schema.name.split("::")[1] if ours else ""
 
 
 def arguments(node: Node) -> dict[str, object]:

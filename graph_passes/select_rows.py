@@ -12,6 +12,8 @@ from vllm_mindspore.graph_passes.nodes import arguments, call, calls, is_call, o
 # The tensors of each row-wise operator that have the rows of its result.
 ROW_TENSORS = {
     "linear": ("x", "residual"),
+    "linear_int8": ("x", "residual"),
+    "linear_int4": ("x", "residual"),
     "rms_norm": ("x",),
     "layer_norm": ("x",),
     "activation": ("x",),

@@ -4,12 +4,14 @@ from enum import Enum
 
 from vllm.logger import init_logger
 
-from vllm_mindspore import options
+from vllm_mindspore import options, quantization
 
 logger = init_logger("vllm.vllm_mindspore.config")
 
 DEFAULT_BLOCK_SIZE = 16
 KV_CACHE_LAYOUT = "LBNHC"
+# Those of vLLM's loaders that read a checkpoint tensor by tensor.
+QUANTIZABLE_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer", "dummy")
 
 
 class UnsupportedOptionError(ValueError):
@@ -28,6 +30,7 @@ def check_and_update(vllm_config) -> None:
     options.backend_from_environment()
     _refuse_parallelism(vllm_config.parallel_config)
     _refuse_options(vllm_config)
+    _refuse_quantized_loading(vllm_config)
     if vllm_config.model_config is not None:
         _refuse_model(vllm_config.model_config)
     _update(vllm_config)
@@ -61,7 +64,6 @@ def _refuse_options(vllm_config) -> None:
         ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", leave_out),
         ("--ec-transfer-config", vllm_config.ec_transfer_config, "text models", leave_out),
         ("--weight-transfer-config", vllm_config.weight_transfer_config, "weights from a checkpoint", leave_out),
-        ("--quantization", vllm_config.quant_config, "bf16, fp16 and fp32 weights", "Use such a checkpoint."),
         ("--kv-offloading-size", cache.kv_offloading_size, "a KV cache in memory", leave_out),
         ("--kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, "running without it", leave_out),
         ("--cpu-offload-gb", offload.uva.cpu_offload_gb, "weights in memory", leave_out),
@@ -74,6 +76,32 @@ def _refuse_options(vllm_config) -> None:
             raise UnsupportedOptionError(option, found, supported, advice)
     if cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise UnsupportedOptionError("--kv-cache-dtype", cache.cache_dtype, "auto, float16 and bfloat16", leave_out)
+
+
+def verify_quantization(method: str) -> None:
+    """Refuse a quantization method, of the command line or of the checkpoint, that is not ours.
+
+    Raises:
+        UnsupportedOptionError: names what is supported.
+    """
+    if method not in quantization.NAMES:
+        supported = f"{' and '.join(quantization.NAMES)}, which quantize bf16, fp16 and fp32 checkpoints as they load"
+        raise UnsupportedOptionError("--quantization", method, supported, "Use an unquantized checkpoint.")
+
+
+def _refuse_quantized_loading(vllm_config) -> None:
+    """What cannot be combined with a quantization method of ours."""
+    model, loading = vllm_config.model_config, vllm_config.load_config
+    if vllm_config.quant_config is None:
+        return
+    verify_quantization(model.quantization)
+    option = f"--quantization {model.quantization} with "
+    if model.quantization_config is not None:
+        found, advice = "a configuration", "Leave the option out."
+        raise UnsupportedOptionError(f"{option}--quantization-config", found, "the method's name alone", advice)
+    if loading.load_format not in QUANTIZABLE_FORMATS:
+        supported = f"the formats {', '.join(QUANTIZABLE_FORMATS)}"
+        raise UnsupportedOptionError(f"{option}--load-format", loading.load_format, supported, "Use one of them.")
 
 
 def _refuse_model(model_config) -> None:

@@ -4,7 +4,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_mindspore import options, patches
+from vllm_mindspore import options, patches, quantization
 
 logger = init_logger("vllm.vllm_mindspore.platform")
 
@@ -20,7 +20,7 @@ class MindSporePlatform(Platform):
     dist_backend = "gloo"
     ray_device_key = ""
     device_control_env_var = "MS_VISIBLE_DEVICES"
-    supported_quantization: list[str] = []
+    supported_quantization: list[str] = list(quantization.NAMES)
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +36,12 @@ class MindSporePlatform(Platform):
             raise ValueError(
                 f"--dtype {dtype}: not supported by the MindSpore backend. Supported: bfloat16, float16, float32."
             )
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        from vllm_mindspore import config
+
+        config.verify_quantization(quant)
 
     @classmethod
     def import_kernels(cls) -> None:

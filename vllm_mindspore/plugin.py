@@ -50,9 +50,10 @@ def _load_operators_early() -> None:
 
 
 def register() -> None:
-    """Register what vLLM's own registries take: environment variables and models of ours."""
-    from vllm_mindspore import models, options, processes
+    """Register what vLLM's own registries take: environment variables, models and quantization methods of ours."""
+    from vllm_mindspore import models, options, processes, quantization
 
     options.register_environment()
     models.register()
+    quantization.register()
     processes.exit_with_parent()

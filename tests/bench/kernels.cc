@@ -16,6 +16,7 @@
 #include "attention_plan.h"
 #include "kernels/activation.h"
 #include "kernels/linear.h"
+#include "kernels/linear_quantized.h"
 #include "kernels/moe_experts.h"
 #include "kernels/norm.h"
 #include "parallel.h"
@@ -64,14 +65,15 @@ void report(const std::string &name, double seconds, double bytes, double operat
   std::fflush(stdout);
 }
 
+struct Shape {
+  const char *name;
+  int64_t n, k;
+  bool gated;
+};
+const Shape shapes[] = {{"qkv", 4096, 1024, false}, {"o", 1024, 2048, false}, {"gate_up", 6144, 1024, true},
+                        {"down", 1024, 3072, false}, {"lm_head", 151936, 1024, false}};
+
 void linear_layers() {
-  struct Shape {
-    const char *name;
-    int64_t n, k;
-    bool gated;
-  };
-  const Shape shapes[] = {{"qkv", 4096, 1024, false}, {"o", 1024, 2048, false}, {"gate_up", 6144, 1024, true},
-                          {"down", 1024, 3072, false}, {"lm_head", 151936, 1024, false}};
   constexpr int64_t kMemory = 640 << 20;
   char *weights = allocate(kMemory);
   for (int64_t i = 0; i < kMemory / 2; ++i) {
@@ -154,6 +156,38 @@ void experts() {
   munmap(weights, kExperts * kExpert);
 }
 
+void quantized_layers(int bits) {
+  constexpr int64_t kMemory = 640 << 20;
+  uint8_t *weights = reinterpret_cast<uint8_t *>(allocate(kMemory));
+  for (int64_t i = 0; i < kMemory; ++i) weights[i] = static_cast<uint8_t>(i * 2654435761u >> 20);
+  for (const Shape &shape : shapes) {
+    for (int64_t m : {1, 8, 64, 512}) {
+      if (shape.n > 100000 && m > 64) continue;
+      const std::vector<float> x(m * shape.k, 0.5f);
+      std::vector<float> out(m * shape.n);
+      const int64_t tiles = quant_tiles(shape.n), value_bytes = tiles * quant_tile_bytes(shape.k, bits);
+      const std::vector<float> scales(tiles * quant_scales(shape.k, bits) * kQuantRows, 0.01f);
+      const int64_t copies = kMemory / value_bytes, bytes = value_bytes + scales.size() * sizeof(float);
+      const double seconds = median_seconds([&] {
+        for (int64_t i = 0; i < copies; ++i) {
+          LinearQuantizedArgs args{};
+          args.linear.x = x.data();
+          args.linear.out = out.data();
+          args.linear.m = m;
+          args.linear.n = shape.n;
+          args.linear.k = shape.k;
+          args.linear.activation = {shape.gated ? Activation::silu : Activation::identity, shape.gated};
+          args.weight = {weights + i * value_bytes, scales.data(), bits};
+          linear_quantized(args);
+        }
+      });
+      report("linear_int" + std::to_string(bits) + " " + shape.name + ", " + std::to_string(m) + " tokens",
+             seconds / copies, bytes, 2.0 * m * shape.n * shape.k);
+    }
+  }
+  munmap(weights, kMemory);
+}
+
 void attention_of(const char *name, int64_t requests, int64_t queries, int64_t length) {
   constexpr int64_t kHeads = 16, kKvHeads = 8, kSize = 128, kBlock = 16;
   const int64_t blocks = (length + kBlock - 1) / kBlock, slots = requests * blocks * kBlock;
@@ -232,6 +266,7 @@ int main() {
               static_cast<long>(threads), peaks.bytes * 1e-9, kProducts, peaks.products * 1e-9);
   linear_layers();
   experts();
+  for (int bits : {8, 4}) quantized_layers(bits);
   for (int64_t requests : {1, 8, 32}) {
     for (int64_t length : {128, 1024, 8192}) {
       if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);

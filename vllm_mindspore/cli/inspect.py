@@ -11,6 +11,7 @@ from collections import Counter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a local directory or a hub id, as for `vllm serve`")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--quantization", default=None, help="as for `vllm serve`")
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--graph", choices=("model", "logits", "all"), default="all", help="which graph to print")
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     engine = EngineArgs(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_model_len=args.max_model_len,
         trust_remote_code=args.trust_remote_code,
         load_format="dummy",

@@ -14,7 +14,8 @@ def _fake(x, weight, bias, residual, norm_weight, norm_bias, norm, eps, norm_off
     return like_input(x, (*x.shape[:-1], columns))
 
 
-def _check(given, norm, eps, norm_offset, activation):
+def check(given, norm, eps, norm_offset, activation):
+    """Raises ValueError for a norm or an activation that no linear operator has."""
     check_activation(given, activation)
     if norm not in NORMS:
         raise ValueError(f"linear: norm {norm!r} is not one of {NORMS}")
@@ -36,6 +37,6 @@ OPERATORS = [
         fake=_fake,
         cpu="Linear",
         ascend=ascend_cell("Linear"),
-        check=_check,
+        check=check,
     ),
 ]

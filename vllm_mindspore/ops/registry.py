@@ -13,7 +13,9 @@ __all__ = ["OPERATORS", "NAMESPACE", "Operator", "UnsupportedOperator", "build",
 NAMESPACE = "vllm_ms"
 
 # Each of these modules of vllm_mindspore.ops has a list OPERATORS.
-_DEFINITIONS = ("embedding", "linear", "norm", "activation", "pointwise", "rotary", "attention", "moe")
+_DEFINITIONS = (
+    "embedding", "linear", "quantized", "norm", "activation", "pointwise", "rotary", "attention", "moe",
+)  # fmt: skip
 
 
 def _collect() -> dict[str, Operator]:

@@ -27,6 +27,7 @@ def of_model(model: torch.nn.Module, vllm_config: VllmConfig) -> dict[str, objec
         "max_model_len": vllm_config.model_config.max_model_len,
         "dtype": str(vllm_config.model_config.dtype),
         "cache_dtype": vllm_config.cache_config.cache_dtype,
+        "quantization": vllm_config.model_config.quantization,
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_mindspore.compiler.capture import (
     MAX_BLOCKS,
@@ -105,6 +106,7 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
         try:
             with (
                 replaced_weights(model, {name: tensors[i] for name, i in weights.items()}),
+                _no_head_dtype(model),
                 set_forward_context(metadata, vllm_config, num_tokens=NUM_TOKENS, slot_mapping=slot_mapping),
             ):
                 hidden_states = model.forward(
@@ -123,6 +125,23 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
     return capture.trace(forward)
 
 
+@contextmanager
+def _no_head_dtype(model: torch.nn.Module) -> Iterator[None]:
+    """While active, output heads are asked for their product whatever its type: all are float32 here.
+
+    vLLM refuses a quantized head whose input is not of the model's type.
+    """
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    dtypes = [processor.head_dtype for processor in processors]
+    for processor in processors:
+        processor.head_dtype = None
+    try:
+        yield
+    finally:
+        for processor, dtype in zip(processors, dtypes, strict=True):
+            processor.head_dtype = dtype
+
+
 def capture_logits(model: torch.nn.Module, hidden_size: int) -> CapturedGraph:
     """hidden_states [num_rows, hidden] float32 → logits [num_rows, vocabulary] float32.
 
@@ -134,7 +153,7 @@ def capture_logits(model: torch.nn.Module, hidden_size: int) -> CapturedGraph:
     capture.add_input("tensor", "hidden_states", (NUM_TOKENS, hidden_size), torch.float32, dynamic=(0,))
 
     def compute_logits(tensors: list[torch.Tensor]) -> torch.Tensor:
-        with replaced_weights(model, {name: tensors[i] for name, i in weights.items()}):
+        with replaced_weights(model, {name: tensors[i] for name, i in weights.items()}), _no_head_dtype(model):
             return model.compute_logits(tensors[row])
 
     return capture.trace(compute_logits)

@@ -80,6 +80,7 @@ inline DType parse_dtype(const char *name) {
   if (text == "float16") return DType::fp16;
   if (text == "int32") return DType::i32;
   if (text == "int64") return DType::i64;
+  if (text == "uint8") return DType::u8;
   return DType::other;
 }
 

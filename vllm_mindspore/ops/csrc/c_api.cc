@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "isa.h"
+#include "kernels/quantized_weight.h"
 #include "parallel.h"
 
 #define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,3 +20,9 @@ VLLM_MS_EXPORT int vllm_ms_cpu_isa(char *text, int size) {
 }
 
 VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
+
+// kernels/quantized_weight.h's quantize_weight; dtype: 0 float32, 1 bfloat16, 2 float16.
+VLLM_MS_EXPORT void vllm_ms_quantize_weight(const void *weight, int dtype, int64_t n, int64_t k, int bits,
+                                            uint8_t *values, float *scales) {
+  vllm_ms::quantize_weight({{weight, static_cast<vllm_ms::DType>(dtype)}, n, k, bits, values, scales});
+}

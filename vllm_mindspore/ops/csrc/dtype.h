@@ -8,7 +8,7 @@
 
 namespace vllm_ms {
 
-enum class DType : int32_t { f32, bf16, fp16, i32, i64, other };
+enum class DType : int32_t { f32, bf16, fp16, i32, i64, u8, other };
 
 struct bf16 {
   uint16_t bits;
@@ -89,6 +89,8 @@ VLLM_MS_INLINE int64_t dtype_size(DType dtype) {
       return 4;
     case DType::i64:
       return 8;
+    case DType::u8:
+      return 1;
     default:
       return 2;
   }

@@ -1,66 +1,28 @@
-#include "../kernels/linear.h"
-
-#include "../aot.h"
+#include "linear.h"
 
 namespace vllm_ms {
 namespace aot {
 namespace {
 
-Activation read_activation(const Attributes &attributes) {
-  Activation activation;
-  const std::string text = attributes.text("activation");
-  require(parse_activation(text.c_str(), &activation), "unknown activation '", text, "'");
-  return activation;
-}
-
-// Half of `n`, for gated activations; -1 stays unknown.
-int64_t half(int64_t n, const char *what) {
-  require(n < 0 || n % 2 == 0, what, ": ", n, " is odd, but the activation halves it");
-  return n < 0 ? n : n / 2;
-}
-
 struct LinearOp {
   static constexpr const char *kName = "linear";
   static constexpr int kTensors = 6;
-  enum { kX, kWeight, kBias, kResidual, kNormWeight, kNormBias };
-  Activation activation;
-  Norm norm;
-  float eps, norm_offset;
+  enum { kX, kWeight, kBias };
+  FusedLinear fused;
 
-  explicit LinearOp(const Attributes &a)
-      : activation(read_activation(a)), norm(Norm::none), eps(a.number("eps")), norm_offset(a.number("norm_offset")) {
-    const std::string text = a.text("norm");
-    if (text == "rms") norm = Norm::rms;
-    if (text == "layer") norm = Norm::layer;
-    require(norm != Norm::none || text.empty(), "unknown norm '", text, "'");
-  }
+  explicit LinearOp(const Attributes &a) : fused(a, kBias) {}
 
   Shape infer(const Inputs &in) const {
     require(in[kX].rank >= 1, "x: rank 0");
     require_rank(in[kWeight], 2, "weight");
     const int64_t n = in[kWeight].dim(0), k = in[kWeight].dim(1);
     require_equal(in[kX].dim(-1), k, "last dimension of x and of weight");
-    require_vector(in[kBias], n, "bias and rows of weight");
-    require_vector(in[kNormWeight], k, "norm_weight");
-    require_vector(in[kNormBias], k, "norm_bias");
-    require(norm != Norm::none || !(in[kNormWeight].given || in[kNormBias].given), "norm weights without a norm");
-    require(norm == Norm::layer || !in[kNormBias].given, "norm_bias is for layer norm only");
-    Shape out = in[kX].shape();
-    out.back() = activation.gated ? half(n, "rows of weight") : n;
-    if (in[kResidual].given) {
-      require_rank(in[kResidual], in[kX].rank, "residual");
-      for (int i = 0; i < in[kX].rank; ++i) require_equal(in[kResidual].dim(i), out[i], "residual and output");
-    }
-    return out;
+    return fused.infer(in, n, k);
   }
 
   void run(const Inputs &in, void *out) const {
-    require_f32(in[kX], "x");
-    for (int i : {kWeight, kBias, kNormWeight, kNormBias}) require_float(in[i], "weights");
-    if (in[kResidual].given) require_f32(in[kResidual], "residual");
-    linear({in[kX].as<float>(), in[kWeight].weight(), in[kBias].weight(), in[kResidual].as<float>(),
-            static_cast<float *>(out), in[kX].rows(), in[kWeight].dim(0), in[kWeight].dim(1), activation, norm,
-            in[kNormWeight].weight(), in[kNormBias].weight(), eps, norm_offset});
+    require_float(in[kWeight], "weights");
+    linear(fused.arguments(in, out, in[kWeight].weight(), in[kWeight].dim(0), in[kWeight].dim(1)));
   }
 };
 
