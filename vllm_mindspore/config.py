@@ -116,9 +116,9 @@ def _refuse_model(model_config) -> None:
         raise UnsupportedOptionError(
             name, f"a multimodal model ({model_config.architecture})", "text models", "Use the text-only checkpoint."
         )
-    if model_config.use_mla:
+    if getattr(model_config.hf_text_config, "index_topk", None) is not None:
         raise UnsupportedOptionError(
-            name, "multi-head latent attention", "MHA, GQA and MQA attention", "Use another model."
+            name, "sparse attention (an indexer of the top tokens)", "full attention", "Use another model."
         )
     if model_config.is_hybrid or model_config.is_attention_free:
         raise UnsupportedOptionError(

@@ -114,7 +114,17 @@ class MindSporePlatform(Platform):
                 f"--attention-backend {selected_backend.name}: the MindSpore backend runs its own paged attention; "
                 "leave the option out."
             )
+        if attn_selector_config.use_sparse:
+            raise ValueError("sparse attention is not supported by the MindSpore backend; supported: full attention.")
+        if attn_selector_config.use_mla:
+            return "vllm_mindspore.worker.mla.MindSporeMLABackend"
         return "vllm_mindspore.worker.attention.MindSporeAttentionBackend"
+
+    @classmethod
+    def get_mla_prefill_backend_cls(cls, selector_config):
+        from vllm_mindspore.worker.mla import MindSporeMLAPrefill
+
+        return MindSporeMLAPrefill
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config) -> None:

@@ -19,6 +19,7 @@
 #include "kernels/linear_quantized.h"
 #include "kernels/moe_experts.h"
 #include "kernels/norm.h"
+#include "mla_plan.h"
 #include "parallel.h"
 #include "peaks.h"
 
@@ -225,6 +226,54 @@ void attention_of(const char *name, int64_t requests, int64_t queries, int64_t l
   munmap(cache, layer * layers);
 }
 
+// The sizes of DeepSeek's models: 16 heads are V2-Lite, 128 V2 and V3.
+void latent_attention_of(const char *name, int64_t heads, int64_t requests, int64_t queries, int64_t length) {
+  constexpr int64_t kNope = 128, kRope = 64, kV = 128, kLora = 512, kRow = kLora + kRope, kBlock = 16;
+  const int64_t blocks = (length + kBlock - 1) / kBlock, slots = requests * blocks * kBlock;
+  const int64_t cache_bytes = slots * kRow * 2, weight_bytes = heads * (kNope + kV) * kLora * 2;
+  const int64_t layer = cache_bytes + weight_bytes, layers = std::max<int64_t>(1, (256 << 20) / layer);
+  char *memory = allocate(layer * layers);
+  for (int64_t i = 0; i < layer * layers / 2; ++i) reinterpret_cast<uint16_t *>(memory)[i] = 0x3c00 + (i & 0x83ff);
+  std::vector<int32_t> table(requests * blocks), starts, lengths(requests, length);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  for (int64_t r = 0; r <= requests; ++r) starts.push_back(static_cast<int32_t>(r * queries));
+  const std::vector<float> query(requests * queries * heads * (kNope + kRope), 0.1f);
+  std::vector<float> out(requests * queries * heads * kV);
+  MlaInputs in{};
+  in.step.query = query.data();
+  in.step.query_stride = heads * (kNope + kRope);
+  in.step.num_tokens = requests * queries;
+  in.step.block_table = table.data();
+  in.step.num_requests = requests;
+  in.step.max_blocks = blocks;
+  in.step.query_start_loc = starts.data();
+  in.step.seq_lens = lengths.data();
+  in.step.num_heads = heads;
+  in.step.block_size = kBlock;
+  in.step.scale = 0.1f;
+  in.step.out = out.data();
+  in.nope = kNope;
+  in.rope = kRope;
+  in.v = kV;
+  in.lora = kLora;
+  const double seconds = median_seconds([&] {
+    for (int64_t i = 0; i < layers; ++i) {
+      in.step.cache = {memory + i * layer, DType::bf16, slots, 1, kRow};
+      in.kv_b = {memory + i * layer + cache_bytes, DType::bf16};
+      mla_attention(in);
+    }
+  });
+  double pairs = 0;
+  for (int64_t q = 0; q < queries; ++q) pairs += length - queries + q + 1;
+  const bool expanded = mla_expands(in, queries, length);
+  const double latents = expanded ? length : queries, per_pair = expanded ? kNope + kRope + kV : 2 * kLora + kRope;
+  const double products = requests * heads * (latents * (kNope + kV) * kLora + pairs * per_pair);
+  report(std::string(name) + ", " + std::to_string(heads) + " heads, " + std::to_string(requests) + " x " +
+             std::to_string(length),
+         seconds / layers, layer, 2 * products);
+  munmap(memory, layer * layers);
+}
+
 void rows() {
   constexpr int64_t kRows = 32768, kWidth = 1024;
   const std::vector<float> x(kRows * kWidth, 0.5f);
@@ -273,5 +322,13 @@ int main() {
     }
   }
   for (int64_t length : {128, 512, 2048}) attention_of("attention, prefill", 1, length, length);
+  for (int64_t heads : {16, 128}) {
+    for (int64_t requests : {1, 8, 32}) {
+      for (int64_t length : {128, 1024, 8192}) {
+        if (requests * length <= 32768) latent_attention_of("latents, decode", heads, requests, 1, length);
+      }
+    }
+    for (int64_t length : {128, 1024}) latent_attention_of("latents, prefill", heads, 1, length, length);
+  }
   rows();
 }

@@ -15,6 +15,7 @@ MLA = dict(
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
     topk_method="greedy",
 )  # fmt: skip
+INDEXER = dict(index_topk=16, index_n_heads=2, index_head_dim=16)
 PALIGEMMA = dict(
     model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"], image_token_index=5,
     text_config=dict(LLAMA, model_type="gemma"), projection_dim=64, hidden_size=64,
@@ -22,8 +23,8 @@ PALIGEMMA = dict(
                        num_attention_heads=2, image_size=28, patch_size=14),
 )  # fmt: skip
 MODELS = {
-    "latent attention": ({**LLAMA, **MLA, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]},
-                         "multi-head latent attention"),
+    "sparse attention": ({**LLAMA, **MLA, **INDEXER, "model_type": "deepseek_v32",
+                          "architectures": ["DeepseekV32ForCausalLM"]}, "sparse attention"),
     "multimodal": (PALIGEMMA, "a multimodal model"),
     "pooling": ({**LLAMA, "model_type": "bert", "architectures": ["BertModel"], "num_key_value_heads": 4}, "pooling"),
     "state space": (dict(model_type="mamba", architectures=["MambaForCausalLM"], hidden_size=64, state_size=8,

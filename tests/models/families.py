@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
@@ -345,4 +347,50 @@ _GPTS = [
     ),
 ]
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (*_LLAMAS, *_GEMMAS, *_GPTS, *HUB_FAMILIES, *MOE_FAMILIES)}
+DENSE = dict(n_routed_experts=0, first_k_dense_replace=3)  # every layer
+LATENT = dict(qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=28)
+DEEPSEEK_ROPE = rope(
+    "yarn", factor=8.0, original_max_position_embeddings=64, mscale=0.9, mscale_all_dim=0.7, beta_fast=32, beta_slow=1
+)
+
+_LATENTS = [
+    Family(
+        "deepseek-v2-lite",
+        "DeepseekV2ForCausalLM",
+        make(DeepseekV2Config, **dims(120, 5, 5, 231), **LATENT, **DENSE, kv_lora_rank=48, q_lora_rank=None),
+        "DeepseekV2ForCausalLM",
+        notes="multi-head latent attention, queries projected at once, 5 heads",
+    ),
+    Family(
+        "deepseek-v2",
+        "DeepseekV2ForCausalLM",
+        make(
+            DeepseekV2Config,
+            **dims(136, 4, 4, 219),
+            **{**LATENT, "qk_rope_head_dim": 32},
+            **DENSE,
+            kv_lora_rank=64,
+            q_lora_rank=52,
+        ),
+        "DeepseekV2ForCausalLM",
+        notes="multi-head latent attention, queries through a latent of their own; sizes that bf16 dot products take",
+    ),
+    Family(
+        "deepseek-v3",
+        "DeepseekV3ForCausalLM",
+        make(
+            DeepseekV3Config,
+            **dims(144, 6, 6, 243),
+            **{**LATENT, "qk_rope_head_dim": 16, "v_head_dim": 20},
+            **DENSE,
+            kv_lora_rank=40,
+            q_lora_rank=36,
+            rope_parameters=DEEPSEEK_ROPE,
+        ),
+        "DeepseekV3ForCausalLM",
+        notes="multi-head latent attention with DeepSeek's YaRN, whose scale enters rotary table and softmax",
+    ),
+]
+
+_ALL = (*_LLAMAS, *_GEMMAS, *_GPTS, *_LATENTS, *HUB_FAMILIES, *MOE_FAMILIES)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

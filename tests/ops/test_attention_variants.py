@@ -13,7 +13,7 @@ import pytest
 from vllm_mindspore.ops import build
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["test_attention.py", "test_attention_qkv.py", "test_rotary.py", "test_kv_cache.py"]
+TESTS = ["test_attention.py", "test_attention_qkv.py", "test_rotary.py", "test_kv_cache.py", "test_mla.py"]
 
 
 def subprocess_with(arguments, **environment):
@@ -37,7 +37,7 @@ def test_lower_instruction_sets(isa):
 def test_bits_do_not_depend_on_threads():
     digests = {n: subprocess_with(["-m", "tests.ops.test_attention_variants"], VLLM_MS_NUM_THREADS=str(n)).split()
                for n in (1, 2, 7)}  # fmt: skip
-    assert len(digests[1]) == 6
+    assert len(digests[1]) == 9
     assert digests[1] == digests[2] == digests[7]
 
 
@@ -45,6 +45,7 @@ def print_digests():
     """Prints a hash of the result for steps that are divided differently for different numbers of threads."""
     import numpy as np
 
+    from tests.ops.mla_reference import FusedCase, Sizes
     from tests.ops.test_attention import FEATURES, make, run
     from tests.ops.test_attention_qkv import Case
 
@@ -60,6 +61,9 @@ def print_digests():
     for norm in ("", "head", "full"):
         case = Case(norm=norm, dtype="bfloat16", requests=[(200, 260), (1, 690)])
         print(hashlib.sha256(case.run().tobytes() + case.cache.tobytes()).hexdigest())
+    for requests in ([(1, 3900)], [(40, 3900), (1, 700)], [(300, 900), (70, 70), *[(1, 90)] * 70]):
+        case = FusedCase(Sizes(40, 64, 32, 64, 128), requests, cache="bfloat16", weights="bfloat16")
+        print(hashlib.sha256(case.run().tobytes()).hexdigest())
 
 
 if __name__ == "__main__":

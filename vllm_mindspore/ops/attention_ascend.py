@@ -20,8 +20,8 @@ from vllm_mindspore.ops.ascend import RmsNorm
 from vllm_mindspore.ops.operator import UnsupportedOperator
 
 
-def _blocked(cache, block_size):
-    """The cache as [num_blocks, block_size, num_kv_heads, 2 * head_size]."""
+def blocked(cache, block_size):
+    """The cache as [num_blocks, block_size, num_kv_heads, width]."""
     if cache.ndim == 4:
         return cache
     return ops.reshape(cache, (-1, block_size, cache.shape[-2], cache.shape[-1]))
@@ -65,7 +65,7 @@ class KvWrite(nn.Cell):
         self.write = prim.ReshapeAndCache()
 
     def construct(self, kv_cache, key, value, slot_mapping):
-        cache = _blocked(kv_cache, 1)
+        cache = blocked(kv_cache, 1)
         shape = (slot_mapping.shape[0], cache.shape[-2], cache.shape[-1] // 2)
         rows = ops.concat((ops.reshape(key, shape), ops.reshape(value, shape)), -1)
         rows = ops.cast(ops.reshape(rows, (shape[0], -1)), cache.dtype)
@@ -94,7 +94,7 @@ class PagedAttention(nn.Cell):
 
     def construct(self, query, kv_cache, block_table, query_start_loc, seq_lens):
         tokens = query.shape[0]
-        cache = _blocked(kv_cache, self.block_size)
+        cache = blocked(kv_cache, self.block_size)
         heads = ops.cast(ops.reshape(query, (tokens, self.num_heads, self.head_size)), cache.dtype)
         extended = ops.reshape(ops.concat((heads, ops.zeros_like(heads)), -1), (tokens, -1))
         query_lens = query_start_loc[1:] - query_start_loc[:-1]

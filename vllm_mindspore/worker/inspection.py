@@ -20,7 +20,7 @@ from vllm_mindspore.compiler.emit import EmittedGraph
 from vllm_mindspore.compiler.pipeline import lower
 from vllm_mindspore.graph_passes import PASSES, GraphPass, PassManager, PassReport
 from vllm_mindspore.ops import registry
-from vllm_mindspore.worker import facts, kv_groups, layers, model_capture
+from vllm_mindspore.worker import facts, kv_groups, layers, mla, model_capture
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def inspect(vllm_config: VllmConfig) -> list[InspectedGraph]:
         layers.register()
         with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=vllm_config)
+        mla.adopt(model)
         groups = [KVGroup(tuple(g.layer_names), g.kv_cache_spec.block_size) for g in kv_groups.of_model(vllm_config)]
         graphs = []
         for captured in model_capture.capture_model(model, vllm_config):

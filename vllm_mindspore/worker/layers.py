@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers import activation, rotary_embedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import DeepseekScalingRotaryEmbedding
 
 from vllm_mindspore.worker import moe
 
@@ -47,8 +48,8 @@ ACTIVATIONS = {
 
 
 def _rotary_classes() -> list[type]:
-    """vLLM's rotary embeddings that differ only in their table: they inherit `RotaryEmbedding`'s forward."""
-    classes = {RotaryEmbedding}
+    """vLLM's rotary embeddings that differ only in their table: `RotaryEmbedding`'s forward, inherited or repeated."""
+    classes = {RotaryEmbedding, DeepseekScalingRotaryEmbedding}
     for value in vars(rotary_embedding).values():
         if isinstance(value, type) and issubclass(value, RotaryEmbedding):
             if value.forward_native is RotaryEmbedding.forward_native and value.forward is RotaryEmbedding.forward:

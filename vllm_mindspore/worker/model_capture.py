@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_mindspore.compiler.capture import (
@@ -51,15 +51,22 @@ def capture_model(model: torch.nn.Module, vllm_config: VllmConfig) -> Iterator[C
     yield capture_logits(model, hidden_size)
 
 
-def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention | MLAAttention]:
     """The model's attention layers by name, in order of creation."""
     context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+    return {name: layer for name, layer in context.items() if isinstance(layer, (Attention, MLAAttention))}
 
 
-def cache_owner(layer_name: str, layers: dict[str, Attention]) -> str:
-    """The layer whose KV cache `layer_name` uses: itself, or the one it shares with."""
-    return layers[layer_name].kv_sharing_target_layer_name or layer_name
+def cache_owner(layer_name: str, layers: dict[str, Attention | MLAAttention]) -> str:
+    """The layer whose KV cache `layer_name` uses: itself, or the one it shares with (latents are never shared)."""
+    return getattr(layers[layer_name], "kv_sharing_target_layer_name", None) or layer_name
+
+
+def cache_row(layer: Attention | MLAAttention) -> tuple[int, int]:
+    """What a slot of the layer's KV cache holds: (heads, values of a head)."""
+    if isinstance(layer, MLAAttention):
+        return 1, layer.head_size
+    return layer.num_kv_heads, layer.head_size + layer.head_size_v
 
 
 def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> CapturedGraph:
@@ -82,8 +89,7 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
     layers = attention_layers(vllm_config)
     for name, layer in layers.items():
         if cache_owner(name, layers) == name:
-            row = (NUM_SLOTS, layer.num_kv_heads, layer.head_size + layer.head_size_v)
-            capture.add_input("kv_cache", name, row, torch.float32, dynamic=(0,))
+            capture.add_input("kv_cache", name, (NUM_SLOTS, *cache_row(layer)), torch.float32, dynamic=(0,))
             capture.add_input("slot_mapping", name, (NUM_TOKENS,), torch.int64, dynamic=(0,))
             capture.add_input("block_table", name, (NUM_REQS, MAX_BLOCKS), torch.int32, dynamic=(0, 1))
     position = {(graph_input.kind, graph_input.name): i for i, graph_input in enumerate(capture.inputs)}

@@ -16,7 +16,7 @@ from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
-from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, model_capture
+from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture
 from vllm_mindspore.worker.step import ModelStep
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
@@ -65,6 +65,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def _prepare_graphs(self, model: torch.nn.Module) -> None:
         begin = time.perf_counter()
+        mla.adopt(model)
         groups = [
             KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size)
             for group in kv_groups.of_model(self.vllm_config)

@@ -4,7 +4,7 @@
 #include "../vec_math.h"
 #include "attention.h"
 
-#define VLLM_MS_NOINLINE __attribute__((noinline))
+#define VLLM_MS_NOINLINE __attribute__((noinline, unused))  // not every kernel file uses all of these
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
@@ -254,6 +254,33 @@ void accumulate_rows(float *accumulator, int64_t padded, const float *weights, c
     default:
       return;
   }
+}
+
+VLLM_MS_NOINLINE void clear(float *max, float *sum, float *accumulator, int64_t rows, int64_t padded) {
+  for (int64_t row = 0; row < rows; ++row) {
+    max[row] = -kInfinity;
+    sum[row] = 0;
+  }
+  std::memset(accumulator, 0, rows * padded * sizeof(float));
+}
+
+// Folds one split's state into the total. Not inlined: one sequence of instructions for both ways of computing splits.
+VLLM_MS_NOINLINE void fold(float max, float sum, const float *accumulator, RowState total, int64_t size) {
+  if (max == -kInfinity && sum == 0) return;  // no key seen (a NaN in the scores leaves a NaN sum)
+  if (*total.max == -kInfinity && *total.sum == 0) {
+    *total.max = max;
+    *total.sum = sum;
+    std::memcpy(total.accumulator, accumulator, size * sizeof(float));
+    return;
+  }
+  const float highest = max > *total.max ? max : *total.max;
+  const float base = highest == -kInfinity ? 0.0f : highest;
+  const Vec old_scale = softmax_exp(set1(*total.max - base)), new_scale = softmax_exp(set1(max - base));
+  for (int64_t d = 0; d < size; d += kLanes) {
+    store(total.accumulator + d, fma(load(accumulator + d), new_scale, load(total.accumulator + d) * old_scale));
+  }
+  *total.sum = fma(set1(sum), new_scale, set1(*total.sum) * old_scale)[0];
+  *total.max = highest;
 }
 
 }  // namespace

@@ -1,0 +1,64 @@
+// What the kernels of multi-head latent attention share: rows of the cache, and memory of a task.
+#pragma once
+
+#include "attention_tile.h"
+#include "mla.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+VLLM_MS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+VLLM_MS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The cache slots of a request's positions [begin, end).
+VLLM_MS_INLINE void find_slots(const MlaInputs &in, int64_t request, int64_t begin, int64_t end, int64_t *slots) {
+  if (begin >= end) return;
+  const int32_t *blocks = in.step.block_table + request * in.step.max_blocks;
+  int64_t block = begin / in.step.block_size, offset = begin % in.step.block_size;
+  for (int64_t j = 0; j < end - begin; ++j) {
+    slots[j] = blocks[block] * in.step.block_size + offset;
+    if (++offset == in.step.block_size) {
+      offset = 0;
+      ++block;
+    }
+  }
+}
+
+template <class T>
+VLLM_MS_INLINE void convert(const float *x, int64_t size, T *out) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
+  if (i < size) store_n(out + i, load_n(x + i, size - i), size - i);
+}
+
+// To whole vectors: writes up to kLanes - 1 zeros behind `size` floats.
+template <class T>
+VLLM_MS_INLINE void convert_row(const T *row, int64_t size, float *out) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(out + d, widen(row + d));
+  if (d < size) store(out + d, load_n(row + d, size - d));
+}
+
+// Exactly `size` floats.
+template <class T>
+VLLM_MS_INLINE void widen_exactly(const T *row, int64_t size, float *out) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(out + d, widen(row + d));
+  if (d < size) store_n(out + d, load_n(row + d, size - d), size - d);
+}
+
+// Hands out aligned blocks of a workspace.
+struct Blocks {
+  float *next;
+
+  float *take(int64_t count) {
+    float *block = next;
+    next += (count + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+    return block;
+  }
+};
+
+}  // namespace
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms
