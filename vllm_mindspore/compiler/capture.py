@@ -153,7 +153,7 @@ def _lift_constants(captured: CapturedGraph, weights: dict[int, tuple[str, torch
         value = getattr(captured.module, node.target)
         if not isinstance(value, torch.Tensor):
             continue
-        name, weight = weights.get(value.untyped_storage().data_ptr() if value.numel() else 0, ("", None))
+        name, weight = weights.get(value.untyped_storage().data_ptr() if value.numel() else -1, ("", None))
         if weight is not None:
             if (value.shape, value.stride()) != (weight.shape, weight.stride()):
                 raise CaptureError(f"capturing {captured.name}: the model keeps a part of its weight {name} aside")

@@ -39,15 +39,17 @@ VLLM_MS_INLINE uint32_t float_to_bits(float value) {
 VLLM_MS_INLINE float to_float(float value) { return value; }
 VLLM_MS_INLINE float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
 
-// IEEE half to float. The exponent is rebased by a multiplication, which also normalises subnormals.
+// IEEE half to float, without subnormal floats on the way: MindSpore's threads may be set to take them for zero.
 VLLM_MS_INLINE float to_float(fp16 value) {
   const uint32_t half = value.bits;
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  const uint32_t magnitude = half & 0x7fffu;
   uint32_t bits;
-  if ((half & 0x7c00u) == 0x7c00u) {
-    bits = magnitude | 0x7f800000u;  // infinity and NaN
+  if (magnitude >= 0x7c00u) {
+    bits = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+  } else if (magnitude >= 0x400u) {
+    bits = (magnitude << 13) + 0x38000000u;
   } else {
-    bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000u));  // 2^112
+    bits = float_to_bits(static_cast<float>(magnitude) * 0x1p-24f);
   }
   return bits_to_float(bits | ((half & 0x8000u) << 16));
 }

@@ -81,12 +81,14 @@ VLLM_MS_INLINE Vec load(const fp16 *p) {
 #elif defined(__aarch64__)
   return reinterpret_cast<Vec>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(h)));
 #else
+  // without subnormal floats on the way: MindSpore's threads may be set to take them for zero
   const UVec wide = __builtin_convertvector(h, UVec);
-  const UVec magnitude = (wide & 0x7fffu) << 13;
-  const UVec special = reinterpret_cast<UVec>((wide & 0x7c00u) == 0x7c00u);
-  const UVec finite = as_bits(as_float(magnitude) * bits_to_float(0x77800000u));  // 2^112
-  const UVec bits = (special & (magnitude | 0x7f800000u)) | (~special & finite);
-  return as_float(bits | ((wide & 0x8000u) << 16));
+  const UVec magnitude = wide & 0x7fffu;
+  const UVec special = reinterpret_cast<UVec>(magnitude >= 0x7c00u) & 0x38000000u;
+  const UVec subnormal = reinterpret_cast<UVec>(magnitude < 0x400u);
+  const UVec normal = (magnitude << 13) + 0x38000000u + special;
+  const UVec small = as_bits(__builtin_convertvector(reinterpret_cast<IVec>(magnitude), Vec) * 0x1p-24f);
+  return as_float((subnormal & small) | (~subnormal & normal) | ((wide & 0x8000u) << 16));
 #endif
 }
 
