@@ -162,7 +162,8 @@ TEST(moe_experts_row_bits_do_not_depend_on_the_batch) {
 
 TEST(moe_experts_of_more_tokens_than_are_computed_at_once) {
   const Case c(1600, 1, 2, 1, 20000, 2, DType::f32, 3);
-  CHECK(testing::max_error(c.run(), c.reference()) < 1e-5);
+  const double error = testing::max_error(c.run(), c.reference());
+  CHECK(error < 1e-4) << error;  // sums of 20,000 products
 }
 
 TEST(moe_route_bits_do_not_depend_on_threads_or_batch) {

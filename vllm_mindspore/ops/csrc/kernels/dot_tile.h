@@ -1,4 +1,4 @@
-// The inner kernel of linear.cc: dot products of 8 weight rows with a few activation rows.
+// The inner kernel of tile_product.h: dot products of 8 weight rows with a few activation rows.
 #pragma once
 
 #include "../vec.h"
@@ -50,26 +50,26 @@ VLLM_MS_INLINE Vec multiply_add(const bf16 *w, const bf16 *x, Vec sum) {
 }
 #endif
 
-// acc[i][j] += rows[i][begin:end] . x[j][begin:end]; the range is whole steps. With each step one at each of the `NP`
-// places `ahead` is brought into the second-level cache, or NP steps in a row from the first when they are a whole tile.
+// acc[i][j] += rows[i][begin:end] . tokens[j][begin:end]; the range is whole steps. Before each step what is at the `NP`
+// places `ahead` is brought into the second-level cache, and they move on by `advance` elements.
 template <int NR, int MT, int NP, class T, class X>
-VLLM_MS_INLINE void accumulate(const T *const *rows, const X *x, int64_t ldx, int64_t begin, int64_t end,
-                               const T *const *ahead, Vec (&acc)[NR][MT]) {
+VLLM_MS_INLINE void accumulate(const T *const *rows, const X *const (&tokens)[MT], int64_t begin, int64_t end,
+                               const T *const *ahead, int64_t advance, Vec (&acc)[NR][MT]) {
   const T *row[NR];
   const X *token[MT];
   const T *fetch[NP == 0 ? 1 : NP];
 #pragma GCC unroll 8
   for (int i = 0; i < NR; ++i) row[i] = rows[i];
 #pragma GCC unroll 8
-  for (int j = 0; j < MT; ++j) token[j] = x + j * ldx;
+  for (int j = 0; j < MT; ++j) token[j] = tokens[j];
 #pragma GCC unroll 8
-  for (int i = 0; i < NP; ++i) fetch[i] = NP == kTileRows ? ahead[0] + i * Packed<T>::kStep : ahead[i] + begin;
+  for (int i = 0; i < NP; ++i) fetch[i] = ahead[i];
   for (int64_t k = begin; k < end; k += Packed<T>::kStep) {
 #pragma GCC unroll 8
     for (int i = 0; i < NR; ++i) {
       if (i < NP) {
         __builtin_prefetch(fetch[i], 0, 2);
-        fetch[i] += NP == kTileRows ? NP * Packed<T>::kStep : Packed<T>::kStep;
+        fetch[i] += advance;
       }
 #pragma GCC unroll 8
       for (int j = 0; j < MT; ++j) acc[i][j] = multiply_add(row[i] + k, token[j] + k, acc[i][j]);

@@ -2,8 +2,8 @@
 
 #include "../moe_plan.h"
 #include "../parallel.h"
-#include "moe_tile.h"
 #include "norm_row.h"
+#include "tile_product.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
@@ -74,7 +74,7 @@ VLLM_MS_INLINE void multiply_range(const ExpertLayer<T> &layer, const MoePlan &p
     const MoeJob &job = plan.job(cursor.at.job);
     const int64_t count = layer.count(cursor.at.block);
     const T *weight = cursor.weight(layer, plan);
-    const MoeTile<T> tile(weight, next.within(range) ? next.weight(layer, plan) : weight, layer.step(),
+    const WeightTile<T> tile(weight, next.within(range) ? next.weight(layer, plan) : weight, layer.step(),
                           min64(kTileRows, count - cursor.row), layer.k);
     multiply_tile(tile, x.from(job.first_slot, job.tokens), partial_buffer.as<float>(),
                   sums + cursor.half * kUp + cursor.row);

@@ -1,0 +1,193 @@
+// The products of linear.cc and moe_experts.cc: 8 rows of a weight with any number of tokens, wherever these are.
+#pragma once
+
+#include <type_traits>
+
+#include "dot_tile.h"
+#include "linear_finish.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+
+constexpr int64_t kPanelBytes = 16 << 10;  // of one tile's weights, to stay in the first-level cache
+constexpr int64_t kPanelTokens = 4;        // from here on a tile's weights are read panel by panel
+
+// Rows of packed activations: row i is data + index[i] * stride, or data + i * stride without an index.
+template <class X>
+struct PackedRows {
+  const X *data;
+  int64_t stride, count;
+  const int32_t *index;
+
+  const X *row(int64_t i) const { return data + (index != nullptr ? index[i] : i) * stride; }
+  PackedRows from(int64_t first, int64_t some) const {
+    if (index != nullptr) return {data, stride, some, index + first};
+    return {data + first * stride, stride, some, nullptr};
+  }
+};
+
+// 8 weight rows, `step` rows apart, and their last, incomplete step padded with zeros. Rows beyond `count` repeat the
+// last one; their results are not used.
+template <class T>
+struct WeightTile {
+  static constexpr int kStep = Packed<T>::kStep;
+  const T *rows[kTileRows];
+  const T *tail_rows[kTileRows];
+  int64_t whole, rest;  // elements in whole steps, and after them
+  int64_t next;         // elements to the same rows of the tile that comes next, to prefetch
+  bool together;        // the rows follow each other in memory
+  alignas(64) T tails[kTileRows * kStep];
+
+  WeightTile(const T *first, const T *next_first, int64_t step, int64_t count, int64_t k)
+      : whole(k / kStep * kStep), rest(k % kStep), next(next_first - first), together(step == 1) {
+    if (rest != 0) std::memset(tails, 0, sizeof(tails));
+    for (int i = 0; i < kTileRows; ++i) {
+      rows[i] = first + min64(i, count - 1) * step * k;
+      tail_rows[i] = tails + i * kStep;
+      if (rest != 0) std::memcpy(tails + i * kStep, rows[i] + whole, rest * sizeof(T));
+    }
+  }
+};
+
+// One range of k of a weight tile, as the inner kernel reads it: from the weights themselves or converted.
+template <class T>
+struct Panel {
+  const T *const *rows;
+  int64_t begin, end;
+  int64_t next;  // as WeightTile's; 0: do not prefetch
+  bool together, first, last;
+};
+
+// The next tile, to be prefetched while this one is multiplied: an equal share in each pass over it, for the memory has
+// as much time as all of them take. A single pass over rows that are together takes them in the order of the addresses.
+template <class T>
+struct Ahead {
+  const T *places[kTileRows];
+  int left = 0, share = 0;
+  int64_t advance = Packed<T>::kStep;
+
+  Ahead(const Panel<T> &panel, int64_t passes) {
+    if (panel.next == 0) return;
+    const bool in_order = passes == 1 && panel.together && panel.first && panel.last;
+    for (int i = 0; i < kTileRows; ++i) {
+      places[i] = panel.next + (in_order ? panel.rows[0] + i * Packed<T>::kStep : panel.rows[i] + panel.begin);
+    }
+    if (in_order) advance *= kTileRows;
+    left = kTileRows;
+    share = passes == 1 ? kTileRows : passes == 2 ? 4 : passes == 3 ? 3 : passes < kTileRows ? 2 : 1;
+  }
+};
+
+// accumulate() with the next share of `ahead`.
+template <int NR, int MT, class T, class X>
+VLLM_MS_INLINE void accumulate_ahead(const T *const *rows, const X *const (&tokens)[MT], int64_t begin, int64_t end,
+                                     Ahead<T> &ahead, Vec (&acc)[NR][MT]) {
+  const T *const *from = ahead.places + kTileRows - ahead.left;
+  const int count = ahead.left < ahead.share ? ahead.left : ahead.share;
+  ahead.left -= count;
+  switch (count) {
+    case 0:
+      return accumulate<NR, MT, 0>(rows, tokens, begin, end, from, ahead.advance, acc);
+    case 1:
+      return accumulate<NR, MT, 1>(rows, tokens, begin, end, from, ahead.advance, acc);
+    case 2:
+      return accumulate<NR, MT, 2>(rows, tokens, begin, end, from, ahead.advance, acc);
+    case 3:
+      return accumulate<NR, MT, 3>(rows, tokens, begin, end, from, ahead.advance, acc);
+    case 4:
+      return accumulate<NR, MT, 4>(rows, tokens, begin, end, from, ahead.advance, acc);
+    default:
+      return accumulate<NR, MT, kTileRows>(rows, tokens, begin, end, from, ahead.advance, acc);
+  }
+}
+
+// `MT` tokens from `token` on. Sums wait in `partial` between the panels of a tile: out is complete with the last.
+template <int MT, class T, class P, class X>
+VLLM_MS_INLINE void run_tile(const WeightTile<T> &tile, const Panel<P> &panel, const PackedRows<X> &x, int64_t token,
+                             Ahead<P> &ahead, float *partial, float *out) {
+  constexpr int NR = rows_at_once(MT);
+  const X *tokens[MT], *tails[MT];
+#pragma GCC unroll 8
+  for (int j = 0; j < MT; ++j) {
+    tokens[j] = x.row(token + j);
+    tails[j] = tokens[j] + tile.whole;
+  }
+  for (int row = 0; row < kTileRows; row += NR) {
+    Vec acc[NR][MT];
+    float *saved = partial + (token * kTileRows + row) * kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < NR; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < MT; ++j) acc[i][j] = panel.first ? zero() : load(saved + (j * kTileRows + i) * kLanes);
+    }
+    accumulate_ahead<NR, MT>(panel.rows + row, tokens, panel.begin, panel.end, ahead, acc);
+    if (!panel.last) {
+#pragma GCC unroll 8
+      for (int i = 0; i < NR; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < MT; ++j) store(saved + (j * kTileRows + i) * kLanes, acc[i][j]);
+      }
+      continue;
+    }
+    if (tile.rest != 0) {
+      const T *const *none = nullptr;
+      accumulate<NR, MT, 0>(tile.tail_rows + row, tails, 0, WeightTile<T>::kStep, none, 0, acc);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < MT; ++j) reduce_rows(acc, j, out + (token + j) * kBlock + row);
+  }
+}
+
+// Tokens at a time: 3, and at the end 2 or 1; 4 are better served as 2 + 2 than as 3 + 1.
+template <class T, class P, class X>
+void run_panel(const WeightTile<T> &tile, const Panel<P> &panel, const PackedRows<X> &x, float *partial, float *out) {
+  constexpr int kPasses = kTileRows / rows_at_once(kTileTokens);
+  Ahead<P> ahead(panel, x.count == 1 ? kTileRows / rows_at_once(1)
+                                     : (x.count + kTileTokens - 1) / kTileTokens * kPasses);
+  for (int64_t token = 0; token < x.count;) {
+    const int64_t left = x.count - token;
+    if (left == 3 || left > 4) {
+      run_tile<3>(tile, panel, x, token, ahead, partial, out);
+      token += 3;
+    } else if (left >= 2) {
+      run_tile<2>(tile, panel, x, token, ahead, partial, out);
+      token += 2;
+    } else {
+      run_tile<1>(tile, panel, x, token, ahead, partial, out);
+      token += 1;
+    }
+  }
+}
+
+// out[t * kBlock + i] = row i of the tile times token t; partial: a vector for each row and token.
+template <class T, class X>
+void multiply_tile(const WeightTile<T> &tile, const PackedRows<X> &x, float *partial, float *out) {
+  constexpr bool converted = !std::is_same<T, float>::value && std::is_same<X, float>::value;
+  constexpr int64_t kPanel = kPanelBytes / kTileRows / sizeof(X);
+  if (x.count < kPanelTokens || (!converted && tile.whole <= kPanel)) {
+    run_panel(tile, Panel<T>{tile.rows, 0, tile.whole, tile.next, tile.together, true, true}, x, partial, out);
+    return;
+  }
+  alignas(64) float panel[converted ? kTileRows * kPanel : 1];
+  for (int64_t begin = 0; begin == 0 || begin < tile.whole; begin += kPanel) {
+    const int64_t end = min64(begin + kPanel, tile.whole);
+    const bool first = begin == 0, last = end == tile.whole;
+    if constexpr (converted) {
+      const float *rows[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) {
+        float *row = panel + i * kPanel;
+        for (int64_t k = begin; k < end; k += kLanes) {
+          __builtin_prefetch(tile.rows[i] + k + tile.next, 0, 2);
+          store(row + k - begin, load(tile.rows[i] + k));
+        }
+        rows[i] = row - begin;
+      }
+      run_panel(tile, Panel<float>{rows, begin, end, 0, false, first, last}, x, partial, out);
+    } else {
+      run_panel(tile, Panel<T>{tile.rows, begin, end, tile.next, false, first, last}, x, partial, out);
+    }
+  }
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms
