@@ -39,7 +39,7 @@ test-slow: setup-test
 	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)
 
 bench-kernels: setup-test
-	@$(VENV)/bin/python tests/bench/kernels.py
+	@$(VENV)/bin/python tests/bench/kernels.py $(ARGS)
 
 support-table: setup-test
 	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest tests/models/test_parity.py $(ARGS)

@@ -274,6 +274,26 @@ void latent_attention_of(const char *name, int64_t heads, int64_t requests, int6
   munmap(memory, layer * layers);
 }
 
+void attentions() {
+  for (int64_t requests : {1, 8, 32}) {
+    for (int64_t length : {128, 1024, 8192}) {
+      if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);
+    }
+  }
+  for (int64_t length : {128, 512, 2048}) attention_of("attention, prefill", 1, length, length);
+}
+
+void latent_attentions() {
+  for (int64_t heads : {16, 128}) {
+    for (int64_t requests : {1, 8, 32}) {
+      for (int64_t length : {128, 1024, 8192}) {
+        if (requests * length <= 32768) latent_attention_of("latents, decode", heads, requests, 1, length);
+      }
+    }
+    for (int64_t length : {128, 1024}) latent_attention_of("latents, prefill", heads, 1, length, length);
+  }
+}
+
 void rows() {
   constexpr int64_t kRows = 32768, kWidth = 1024;
   const std::vector<float> x(kRows * kWidth, 0.5f);
@@ -295,7 +315,8 @@ void rows() {
 
 }  // namespace
 
-int main() {
+// The argument is the one family of kernels to run: linear, experts, quantized, attention, latents or rows.
+int main(int argc, char **argv) {
   constexpr int64_t kMemory = 1 << 30;
   char *memory = allocate(kMemory);
   std::fill(memory, memory + kMemory, 1);
@@ -313,22 +334,14 @@ int main() {
   peaks.products = operations / seconds;
   std::printf("instruction set %s, %ld threads; peaks: read %.1f GB/s, %s %.0f GFLOP/s\n", isa_name(isa()),
               static_cast<long>(threads), peaks.bytes * 1e-9, kProducts, peaks.products * 1e-9);
-  linear_layers();
-  experts();
-  for (int bits : {8, 4}) quantized_layers(bits);
-  for (int64_t requests : {1, 8, 32}) {
-    for (int64_t length : {128, 1024, 8192}) {
-      if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);
-    }
+  const std::string wanted = argc > 1 ? argv[1] : "";
+  const auto runs = [&wanted](const char *family) { return wanted.empty() || wanted == family; };
+  if (runs("linear")) linear_layers();
+  if (runs("experts")) experts();
+  if (runs("quantized")) {
+    for (int bits : {8, 4}) quantized_layers(bits);
   }
-  for (int64_t length : {128, 512, 2048}) attention_of("attention, prefill", 1, length, length);
-  for (int64_t heads : {16, 128}) {
-    for (int64_t requests : {1, 8, 32}) {
-      for (int64_t length : {128, 1024, 8192}) {
-        if (requests * length <= 32768) latent_attention_of("latents, decode", heads, requests, 1, length);
-      }
-    }
-    for (int64_t length : {128, 1024}) latent_attention_of("latents, prefill", heads, 1, length, length);
-  }
-  rows();
+  if (runs("attention")) attentions();
+  if (runs("latents")) latent_attentions();
+  if (runs("rows")) rows();
 }

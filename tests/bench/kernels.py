@@ -1,4 +1,7 @@
-"""The kernels' speed beside the machine's: `make bench-kernels`, or `VLLM_MS_CPU_ISA=avx2 make bench-kernels`."""
+"""The kernels beside the machine: `make bench-kernels`, or one family with `make bench-kernels ARGS=attention`.
+
+`VLLM_MS_CPU_ISA=avx2 make bench-kernels` measures another variant than the best one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def main() -> int:
     objects = [str(job.object_file) for job in kernels]
     command = [*compiler.command, *flags, str(FOLDER / "kernels.cc"), *objects, "-pthread", "-o", str(driver)]
     subprocess.run(command, check=True)
-    return subprocess.run([driver]).returncode
+    return subprocess.run([driver, *sys.argv[1:]]).returncode
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "attention_amx.h"
+#include "attention_bf16.h"
 #include "attention_tile.h"
 #include "rotary_head.h"
 
@@ -104,6 +105,11 @@ void load_queries(const Task &t) {
     pack_amx_queries(t.work.query + first * t.padded, t.padded, t.rows_per_head, size,
                      reinterpret_cast<bf16 *>(t.work.keys), t.work.query_tiles + 2 * first * t.padded);
   }
+#elif defined(VLLM_MS_ATTENTION_BF16)
+  if (!fits_bf16(t.in.cache)) return;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    split_query(t.work.query + row * t.padded, size, t.work.query_tiles + 2 * row * size);
+  }
 #endif
 }
 
@@ -120,6 +126,11 @@ void write_row(const Task &t, int64_t row, RowState total) {
   const Vec scale = set1(sum == 0 ? 0.0f : numerator / sum);
   float *out = t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head) * size;
   int64_t d = 0;
+#if defined(VLLM_MS_ATTENTION_BF16)
+  if (fits_bf16(t.in.cache)) {
+    for (; d < size; d += kLanes) store(out + d, unpaired(total.accumulator, d) * scale);
+  }
+#endif
   for (; d + kLanes <= size; d += kLanes) store(out + d, load(total.accumulator + d) * scale);
   if (d < size) store_n(out + d, load(total.accumulator + d) * scale, size - d);
 }
@@ -287,6 +298,37 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
 }
 #endif
 
+#if defined(VLLM_MS_ATTENTION_BF16)
+// As attend, for a cache that fits_bf16.
+VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head) {
+  const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
+  const bf16 *queries = t.work.query_tiles + 2 * first * size;
+  float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
+  bf16 *weights = t.work.weights + first * kTileKeys;
+  const KeyRange *ranges = t.work.ranges;
+  for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
+    score_rows_bf16<R.value>(queries + 2 * row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
+                             scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
+  });
+  for (int64_t row = 0; row < t.rows_per_head; ++row) {
+    const bool seen = ranges[row].begin < ranges[row].end;
+    if (seen) {
+      const int64_t distance = t.in.alibi_slopes ? tile.start - (t.position + row / t.group) : 0;
+      softmax_row(t.in, scores + row * kTileKeys, ranges[row].begin, ranges[row].end, t.work.slopes[first + row],
+                  distance, {accumulator + row * t.padded, t.work.max + first + row, t.work.sum + first + row});
+    }
+    round_weights(scores + row * kTileKeys, seen ? ranges[row].begin : 0, seen ? ranges[row].end : 0,
+                  weights + row * kTileKeys);
+  }
+  for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
+    const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + R.value - 1].end + 1) / 2 * 2;
+    if (begin >= end) return;
+    accumulate_rows_bf16<R.value>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, tile.values, begin,
+                                  end, size, {tile.ahead, tile.half_bytes, row == 0 ? tile.half_bytes : 0});
+  });
+}
+#endif
+
 // Visits the keys of one split, positions [begin, end), begin a multiple of kTileKeys.
 void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
   const int64_t last_head = t.task.first_head + t.task.num_heads - 1;
@@ -307,6 +349,12 @@ void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
       if (fits_amx(t.in.cache)) {
         load_rows<bf16>(t, head, next, next_head, true, tile);
         attend_amx(t, tile, head);
+        continue;
+      }
+#elif defined(VLLM_MS_ATTENTION_BF16)
+      if (fits_bf16(t.in.cache)) {
+        load_rows<bf16>(t, head, next, next_head, true, tile);
+        attend_bf16(t, tile, head);
         continue;
       }
 #endif

@@ -97,7 +97,7 @@ struct Ahead {
 };
 
 VLLM_MS_INLINE void prefetch(const Ahead &ahead, int64_t j) {
-  for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(ahead.rows[j] + ahead.offset + byte);
+  for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(ahead.rows[j] + ahead.offset + byte, 0, 2);
 }
 
 // scores[r, j] = query[r] . key[j] for j in [begin, end), and for other j of the tile as it comes. R rows by K keys are
