@@ -10,7 +10,7 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kPackedBytes = 1 << 20;    // of packed activations, to stay in the second-level cache
+constexpr int64_t kPackedBytes = 1 << 19;    // of packed activations, to stay in the second-level cache
 constexpr int64_t kMinTokens = 24;
 constexpr int64_t kMaxTokens = 768;
 
