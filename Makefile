@@ -40,6 +40,7 @@ test-slow: setup-test
 
 bench-kernels: setup-test
 	@$(VENV)/bin/python tests/bench/kernels.py $(ARGS)
+	@$(VENV)/bin/python tests/bench/sampling.py
 
 support-table: setup-test
 	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest tests/models/test_parity.py $(ARGS)

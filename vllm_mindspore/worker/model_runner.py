@@ -16,7 +16,7 @@ from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
-from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture
+from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, sampling
 from vllm_mindspore.worker.step import ModelStep
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
@@ -33,6 +33,7 @@ class MindSporeModelRunner(CPUModelRunner):
             super().__init__(vllm_config, device)
         finally:
             scheduler.async_scheduling = asynchronous
+        sampling.use_kernels(self.sampler)
         self.compile_seconds = 0.0
 
     def load_model(self, load_dummy_weights: bool = False) -> None:

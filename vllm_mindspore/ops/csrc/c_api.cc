@@ -1,9 +1,11 @@
 // What Python asks the library through ctypes.
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 
 #include "isa.h"
 #include "kernels/quantized_weight.h"
+#include "kernels/sample.h"
 #include "parallel.h"
 
 #define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -25,4 +27,17 @@ VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
 VLLM_MS_EXPORT void vllm_ms_quantize_weight(const void *weight, int dtype, int64_t n, int64_t k, int bits,
                                             uint8_t *values, float *scales) {
   vllm_ms::quantize_weight({{weight, static_cast<vllm_ms::DType>(dtype)}, n, k, bits, values, scales});
+}
+
+// out[r] = argmax of row r; see kernels/sample.h.
+VLLM_MS_EXPORT void vllm_ms_argmax_rows(const float *logits, int64_t rows, int64_t vocab, int64_t stride,
+                                        int64_t *out) {
+  vllm_ms::argmax_rows({{logits, rows, vocab, stride}, out});
+}
+
+// out[r] = a token drawn from row r; see kernels/sample.h.
+VLLM_MS_EXPORT void vllm_ms_sample_rows(const float *logits, int64_t rows, int64_t vocab, int64_t stride,
+                                        const int32_t *top_k, const float *top_p, const double *uniform,
+                                        int64_t *out) {
+  vllm_ms::sample_rows({{logits, rows, vocab, stride}, top_k, top_p, uniform, out});
 }

@@ -1,0 +1,45 @@
+"""vLLM's sampler with its passes over the vocabulary done by our kernels.
+
+Penalties, bias, masks, temperature, min_p and logprobs stay vLLM's. What sorts the vocabulary (top-k, top-p), the
+random draw and the argmax are one call each of `ops/sampling.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_mindspore.ops.sampling import argmax, sample
+
+
+def uniforms(rows: int, generators: dict[int, torch.Generator]) -> torch.Tensor:
+    """One number in [0, 1) a row, float64, from the row's own generator where it has one: its seed decides alone."""
+    if len(generators) == rows:
+        values = torch.empty(rows, dtype=torch.float64)
+    else:
+        values = torch.rand(rows, dtype=torch.float64)
+    for row, generator in generators.items():
+        values[row] = torch.rand((), dtype=torch.float64, generator=generator)
+    return values
+
+
+def _top_k_top_p(
+    logits: torch.Tensor,
+    generators: dict[int, torch.Generator],
+    k: torch.Tensor | None,
+    p: torch.Tensor | None,
+) -> tuple[torch.Tensor, None]:
+    """`TopKTopPSampler.forward` where no processed logits or logprobs are to be returned."""
+    return sample(logits, k, p, uniforms(logits.shape[0], generators)), None
+
+
+def use_kernels(sampler: Sampler) -> None:
+    """Make this `sampler`, and whatever else holds it, call our kernels.
+
+    Random draws stay vLLM's where it must return logits or logprobs after top-k and top-p (`logprobs_mode`), or is
+    asked for its own float64 noise (`use_fp64_gumbel`).
+    """
+    sampler.greedy_sample = argmax
+    if sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES and not sampler.use_fp64_gumbel:
+        sampler.topk_topp_sampler.forward = _top_k_top_p
