@@ -59,6 +59,25 @@ inline double multiply_bf16() {
   _tile_release();
   return kProductRounds * 4.0 * 2 * 16 * 16 * 32;
 }
+#elif defined(__AVX512BF16__)
+constexpr const char *kProducts = "bf16 dot products";
+inline double multiply_bf16() {
+  __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+  __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3c003c00));
+  for (int64_t i = 0; i < kProductRounds; ++i) {
+    s0 = _mm512_dpbf16_ps(s0, a, a);
+    s1 = _mm512_dpbf16_ps(s1, a, a);
+    s2 = _mm512_dpbf16_ps(s2, a, a);
+    s3 = _mm512_dpbf16_ps(s3, a, a);
+    s4 = _mm512_dpbf16_ps(s4, a, a);
+    s5 = _mm512_dpbf16_ps(s5, a, a);
+    s6 = _mm512_dpbf16_ps(s6, a, a);
+    s7 = _mm512_dpbf16_ps(s7, a, a);
+    asm volatile("" : "+v"(a));
+  }
+  sink = static_cast<int64_t>(_mm512_reduce_add_ps(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7));
+  return kProductRounds * 8.0 * 2 * 32;
+}
 #else
 constexpr const char *kProducts = "float32 multiply-add";
 inline double multiply_bf16() {
