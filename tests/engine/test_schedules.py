@@ -92,6 +92,17 @@ def test_prompt_logprobs_read_in_chunks_beside_other_requests(alone):
     assert prompt_logprobs(max_num_seqs=1) == prompt_logprobs(max_num_batched_tokens=16)
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"], ids=["our draw", "vLLM's draw"])
+def test_a_seed_gives_the_same_tokens_however_the_prompt_is_cut(mode):
+    """Rows of unfinished prompts take part in sampling, but must not use up their generators."""
+
+    def tokens(**options):
+        with engine("qwen3", logprobs_mode=mode, **options) as llm:
+            return [ids for ids, _ in generate(llm, temperature=1.0, seed=5, top_p=0.95)]
+
+    assert tokens(max_num_batched_tokens=16) == tokens(max_num_seqs=1)
+
+
 def test_a_mixed_workload_compiles_nothing():
     """Counted by MindSpore itself, over prefill, decode, mixed steps, one row and many, sampling and logprobs."""
     from vllm_mindspore.compiler.program import compiled_graphs

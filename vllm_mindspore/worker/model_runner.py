@@ -144,6 +144,11 @@ class MindSporeModelRunner(CPUModelRunner):
         self.step.expect(logits_indices.long(), every_row=bool(self.num_prompt_logprobs))
         return prepared
 
+    def sample_tokens(self, grammar_output):
+        thrown_away = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        with sampling.set_aside(self.input_batch.generators, thrown_away):
+            return super().sample_tokens(grammar_output)
+
     def kv_cache_bytes_of_one_request(self) -> int:
         """Bytes of KV cache that one request of the maximum length needs."""
         return sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values())

@@ -1,10 +1,13 @@
 """vLLM's sampler with its passes over the vocabulary done by our kernels.
 
-Penalties, bias, masks, temperature, min_p and logprobs stay vLLM's. What sorts the vocabulary (top-k, top-p), the
-random draw and the argmax are one call each of `ops/sampling.py`.
+Penalties, bias, masks, temperature, min_p and logprobs stay vLLM's. Top-k, top-p and the random draw, which sort the
+vocabulary there, are one call of `ops/sampling.py`, and the argmax another.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -14,7 +17,7 @@ from vllm_mindspore.ops.sampling import argmax, sample
 
 
 def uniforms(rows: int, generators: dict[int, torch.Generator]) -> torch.Tensor:
-    """One number in [0, 1) a row, float64, from the row's own generator where it has one: its seed decides alone."""
+    """One number in [0, 1) a row, float64; of the row's own generator where it has one, so that its seed decides."""
     if len(generators) == rows:
         values = torch.empty(rows, dtype=torch.float64)
     else:
@@ -22,6 +25,20 @@ def uniforms(rows: int, generators: dict[int, torch.Generator]) -> torch.Tensor:
     for row, generator in generators.items():
         values[row] = torch.rand((), dtype=torch.float64, generator=generator)
     return values
+
+
+@contextlib.contextmanager
+def set_aside(generators: dict[int, torch.Generator], rows: Iterable[int]) -> Iterator[None]:
+    """Take the generators of `rows` out of the batch and put them back: what these rows draw meanwhile is not theirs.
+
+    For rows whose token is thrown away because their prompt is not complete. vLLM lets them draw and then moves the
+    generator's offset back, which raises for a generator of the host.
+    """
+    aside = {row: generators.pop(row) for row in rows if row in generators}
+    try:
+        yield
+    finally:
+        generators.update(aside)
 
 
 def _top_k_top_p(
