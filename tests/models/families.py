@@ -348,6 +348,10 @@ _GPTS = [
 ]
 
 DENSE = dict(n_routed_experts=0, first_k_dense_replace=3)  # every layer
+EXPERTS = dict(
+    n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, moe_intermediate_size=41, n_shared_experts=2,
+    first_k_dense_replace=1,
+)  # fmt: skip
 LATENT = dict(qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=28)
 DEEPSEEK_ROPE = rope(
     "yarn", factor=8.0, original_max_position_embeddings=64, mscale=0.9, mscale_all_dim=0.7, beta_fast=32, beta_slow=1
@@ -389,6 +393,41 @@ _LATENTS = [
         ),
         "DeepseekV3ForCausalLM",
         notes="multi-head latent attention with DeepSeek's YaRN, whose scale enters rotary table and softmax",
+    ),
+    Family(
+        "deepseek-v2-moe",
+        "DeepseekV2ForCausalLM",
+        make(
+            DeepseekV2Config,
+            **dims(120, 5, 5, 231),
+            **LATENT,
+            **EXPERTS,
+            kv_lora_rank=48,
+            q_lora_rank=None,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=1.5,
+        ),
+        "DeepseekV2ForCausalLM",
+        notes="latent attention and experts: softmax, the best two of four groups, two shared experts",
+        seed=1,  # with 0, bf16 decides a tie of experts the other way
+    ),
+    Family(
+        "deepseek-v3-moe",
+        "DeepseekV3ForCausalLM",
+        make(
+            DeepseekV3Config,
+            **dims(144, 6, 6, 243),
+            **{**LATENT, "qk_rope_head_dim": 16, "v_head_dim": 20},
+            **EXPERTS,
+            kv_lora_rank=40,
+            q_lora_rank=36,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+        "DeepseekV3ForCausalLM",
+        notes="latent attention and experts: sigmoid, correction bias, the best two of four groups",
     ),
 ]
 

@@ -41,10 +41,12 @@ EXPECTED = {
     "deepseek-v2-lite": (0, 3, 6, 6),
     "deepseek-v2": (0, 3, 6, 9),
     "deepseek-v3": (0, 3, 6, 9),
+    "deepseek-v2-moe": (0, 3, 6, 6),
+    "deepseek-v3-moe": (0, 3, 6, 9),
 }
 # family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model scales their result.
 MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 4, "ernie-moe": 2, "granite-moe": 6,
-       "gpt-oss": 4}  # fmt: skip
+       "gpt-oss": 4, "deepseek-v2-moe": 4, "deepseek-v3-moe": 4}  # fmt: skip
 LATENT = {name: 3 for name in EXPECTED if name.startswith("deepseek")}
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}

@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 import vllm.ir
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -43,7 +48,11 @@ def _single_process() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
-        yield
+        try:
+            yield
+        finally:
+            destroy_model_parallel()  # its groups are those of one model: only experts have theirs
+            destroy_distributed_environment()
 
 
 def inspect(vllm_config: VllmConfig) -> list[InspectedGraph]:
