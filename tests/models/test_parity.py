@@ -1,4 +1,4 @@
-"""Every dense family, served unmodified from its class, against a model that is not vLLM's."""
+"""Every family, served unmodified from its class, against a model that is not vLLM's."""
 
 import pytest
 import torch
@@ -23,7 +23,14 @@ def test_float32_tokens_and_logits_equal_the_reference(name):
     assert all(count == total for count, total in shared.values()), f"weights were copied: {shared}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each way to attend and to route; `make test-slow` and `make support-table` run all.
+IN_BFLOAT16 = ["llama3", "qwen3", "gemma2", "opt", "falcon-alibi"]
+IN_BFLOAT16 += ["deepseek-v3", "deepseek-v3-moe", "qwen3-moe", "gpt-oss"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_BFLOAT16 else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_bfloat16_divergence_is_not_above_hugging_faces_own(name):
     exact, rounded = reference(name), reference(name, "bfloat16")
     ids = max(PROMPTS, key=len)
