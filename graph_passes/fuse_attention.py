@@ -10,12 +10,18 @@ paged_attention(q, kv_cache, …)               →   qkv_attention(qkv, positio
 import operator as python_operator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import arguments, calls, is_call, operator, replace, through_views
-
-SPLITS = (torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor)
+from vllm_mindspore.graph_passes.nodes import (
+    SPLITS,
+    arguments,
+    calls,
+    is_call,
+    operator,
+    replace,
+    same_rotary,
+    through_views,
+)
 
 
 @dataclass
@@ -89,13 +95,7 @@ def _is_qkv(branches: list[_Branch | None], values: dict[str, object]) -> bool:
     q_size, kv_size = (values[heads] * values["head_size"] for heads in ("num_heads", "num_kv_heads"))
     if row.dim() != 2 or parts != [q_size, kv_size, kv_size]:
         return False
-    return v.rotary is None and v.norm is None and _same_rotary(q.rotary, k.rotary) and _same_norm(q, k, values)
-
-
-def _same_rotary(q: dict | None, k: dict | None) -> bool:
-    if q is None or k is None:
-        return q is k
-    return all(q[name] == k[name] for name in q if name != "x")
+    return v.rotary is None and v.norm is None and same_rotary(q.rotary, k.rotary) and _same_norm(q, k, values)
 
 
 def _same_norm(q: _Branch, k: _Branch, values: dict[str, object]) -> bool:

@@ -18,10 +18,19 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import RESHAPE, arguments, calls, create, is_call, operator, replace
+from vllm_mindspore.graph_passes.nodes import (
+    RESHAPE,
+    SPLITS,
+    arguments,
+    calls,
+    create,
+    is_call,
+    operator,
+    replace,
+    same_rotary,
+)
 
 aten = torch.ops.aten
-SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ def _fuse(graph: Graph, attention: Node) -> bool:
     latent, norm = _through(write["kv_c"], "rms_norm")
     key, key_rotary = _through(write["k_pe"], "rotary")
     latent, key = _columns(latent), _columns(key)
-    if query is None or latent is None or key is None or not _same_rotary(query_rotary, key_rotary):
+    if query is None or latent is None or key is None or not same_rotary(query_rotary, key_rotary):
         return False
     if latent.source is not key.source or latent.end != key.begin or not _sizes_fit(values, latent, key, query_rotary):
         return False
@@ -133,12 +142,6 @@ def _columns(node: object) -> _Columns | None:
 
 def _splits_columns(split: object) -> bool:
     return is_call(split, *SPLITS) and split.args[0].meta["val"].dim() == 2 and (*split.args[2:], 0)[0] in (1, -1)
-
-
-def _same_rotary(query: dict | None, key: dict | None) -> bool:
-    if query is None or key is None:
-        return query is key
-    return all(query[name] == key[name] for name in query if name != "x")
 
 
 def _sizes_fit(values: dict[str, object], latent: _Columns, key: _Columns, rotary: dict | None) -> bool:

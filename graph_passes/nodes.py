@@ -3,6 +3,7 @@
 import torch
 from torch.fx import Graph, Node
 
+SPLITS = (torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor)
 LINEARS = ("linear", "linear_int8", "linear_int4")  # alike but for their weights
 
 
@@ -84,3 +85,10 @@ def through_views(node: object) -> object:
     while is_call(node, RESHAPE):
         node = node.args[0]
     return node
+
+
+def same_rotary(a: dict[str, object] | None, b: dict[str, object] | None) -> bool:
+    """Whether two tensors are rotated alike: by `rotary` with these arguments but for `x`, or not at all."""
+    if a is None or b is None:
+        return a is b
+    return all(a[name] == b[name] for name in a if name != "x")

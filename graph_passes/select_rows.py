@@ -55,7 +55,8 @@ def _selected(graph: Graph, rows: Node, tensor: Node, before: Node) -> Node:
     """`embedding(rows, tensor)` ahead of `before`; there is one for all who need it."""
     for user in tensor.users:
         if is_call(user, operator("embedding")) and user.args == (rows, tensor):
-            before.prepend(user) if before < user else None
+            if before < user:
+                before.prepend(user)
             return user
     with graph.inserting_before(before):
         return call(graph, operator("embedding"), rows, tensor)

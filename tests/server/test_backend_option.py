@@ -41,4 +41,4 @@ def test_backend_of_the_environment_serves_and_ends_on_sigint(start_server, mode
     assert "MindSpore" in server.log.read_text()
     processes = server.processes()
     assert server.stop(signal.SIGINT) == 0
-    assert not commands.alive(processes)
+    commands.wait_ended(processes)

@@ -105,5 +105,5 @@ def test_sigterm_ends_the_server_cleanly(configured):
     """Keep this test last in the module: it stops the module's server."""
     processes, shared = configured.processes(), commands.shared_memory(configured.processes())
     assert configured.stop(signal.SIGTERM) == 0
-    assert not commands.alive(processes)
+    commands.wait_ended(processes)
     assert not any(map(os.path.exists, shared))

@@ -60,7 +60,7 @@ def kill(server: Server, victim: psutil.Process) -> tuple[int, str]:
     request.join(EXIT_TIMEOUT)
     assert request.outcome, "the client got an answer or an error"
     commands.wait_until(lambda: server.process.poll() is not None, EXIT_TIMEOUT, "the API server exits")
-    commands.wait_until(lambda: not commands.alive(processes), ORPHAN_TIMEOUT, f"all of {processes} end")
+    commands.wait_ended(processes, ORPHAN_TIMEOUT)
     commands.wait_until(lambda: not any(map(os.path.exists, shared)), 10, f"none of {shared} remains")
     left = [entry.name for entry in os.scandir(server.directory) if entry.name.startswith("vllm")]
     assert not left, "neither sockets nor rendezvous files stay in the temporary directory"
@@ -93,8 +93,7 @@ def test_signal_ends_the_server_although_a_request_runs(start, number):
     assert server.stop(number) == 0
     request.join(EXIT_TIMEOUT)
     assert request.outcome and request.outcome[0] in (0, 200, 500, 503)
-    psutil.wait_procs(processes, timeout=EXIT_TIMEOUT)  # multiprocessing's own helper ends just after its parent
-    assert not commands.alive(processes)
+    commands.wait_ended(processes, EXIT_TIMEOUT)
 
 
 @pytest.mark.parametrize("executor", ["uni", pytest.param("mp", marks=pytest.mark.slow)])

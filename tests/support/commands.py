@@ -88,6 +88,11 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if runs(process)]
 
 
+def wait_ended(processes: list[psutil.Process], timeout: float = 10) -> None:
+    """Return when none of them runs; AssertionError after `timeout` seconds. Helpers end just after their parent."""
+    wait_until(lambda: not alive(processes), timeout, f"all of {processes} end")
+
+
 def shared_memory(processes: list[psutil.Process]) -> set[str]:
     """Files of /dev/shm that the processes have mapped or opened."""
     found = set()

@@ -11,21 +11,10 @@ its prompt was cut into chunks; csrc/kernels/attention.h says how.
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 from vllm_mindspore.ops.rotary import check_rotary_dim
 
 _NORMS = ("", "head", "full")
-
-
-def ascend_cell(name):
-    """An Operator's `ascend`: class `name` of attention_ascend, which is imported when it is used."""
-
-    def build(given, **attributes):
-        from vllm_mindspore.ops import attention_ascend
-
-        return getattr(attention_ascend, name)(given, **attributes)
-
-    return build
 
 
 def _kv_write_fake(kv_cache, key, value, slot_mapping):
@@ -72,7 +61,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor(a!) kv_cache, Tensor key, Tensor value, Tensor slot_mapping) -> ()"),
         fake=_kv_write_fake,
         cpu="KvWrite",
-        ascend=ascend_cell("KvWrite"),
+        ascend=ascend_cell("KvWrite", "attention_ascend"),
     ),
     Operator(
         # query [T, num_heads * head_size] or [T, num_heads, head_size] f32; block_table [R, B] int32;
@@ -88,7 +77,7 @@ OPERATORS = [
         ),
         fake=_paged_attention_fake,
         cpu="PagedAttention",
-        ascend=ascend_cell("PagedAttention"),
+        ascend=ascend_cell("PagedAttention", "attention_ascend"),
         check=_check_attention,
         ordered=True,  # or MindSpore merges calls around a kv_write, or copies the whole cache before it
     ),
@@ -107,7 +96,7 @@ OPERATORS = [
         ),
         fake=_qkv_attention_fake,
         cpu="QkvAttention",
-        ascend=ascend_cell("QkvAttention"),
+        ascend=ascend_cell("QkvAttention", "attention_ascend"),
         check=_check_qkv_attention,
     ),
 ]

@@ -19,20 +19,9 @@ threads, or on where its prompt was cut into chunks; csrc/kernels/mla.h says how
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 _SIZES = ("num_heads", "nope_dim", "rope_dim", "v_dim", "kv_lora_rank", "block_size")
-
-
-def ascend_cell(name):
-    """An Operator's `ascend`: class `name` of mla_ascend, which is imported when it is used."""
-
-    def build(given, **attributes):
-        from vllm_mindspore.ops import mla_ascend
-
-        return getattr(mla_ascend, name)(given, **attributes)
-
-    return build
 
 
 def _kv_write_fake(kv_cache, kv_c, k_pe, slot_mapping):
@@ -75,7 +64,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()"),
         fake=_kv_write_fake,
         cpu="MlaKvWrite",
-        ascend=ascend_cell("MlaKvWrite"),
+        ascend=ascend_cell("MlaKvWrite", "mla_ascend"),
     ),
     Operator(
         # query [T, num_heads * (nope_dim + rope_dim)] or rank 3, f32, rotated; kv_b as above; block_table [R, B],
@@ -89,7 +78,7 @@ OPERATORS = [
         ),
         fake=_mla_attention_fake,
         cpu="MlaAttention",
-        ascend=ascend_cell("MlaAttention"),
+        ascend=ascend_cell("MlaAttention", "mla_ascend"),
         check=_check_mla,
         ordered=True,  # as paged_attention
     ),
@@ -107,7 +96,7 @@ OPERATORS = [
         ),
         fake=_mla_qkv_attention_fake,
         cpu="MlaQkvAttention",
-        ascend=ascend_cell("MlaQkvAttention"),
+        ascend=ascend_cell("MlaQkvAttention", "mla_ascend"),
         check=_check_mla,
     ),
     Operator(
@@ -116,7 +105,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, int begin, int end) -> Tensor"),
         fake=_columns_fake,
         cpu="Columns",
-        ascend=ascend_cell("Columns"),
+        ascend=ascend_cell("Columns", "mla_ascend"),
         check=_check_columns,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_mindspore.ops.activation import ACTIVATIONS
 from vllm_mindspore.ops.fakes import like_input
 from vllm_mindspore.ops.linear import NORMS
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 SCORINGS = ("softmax", "sigmoid")
 EXPERT_ACTIVATIONS = (*ACTIVATIONS, "clamped_silu_and_mul")
@@ -41,15 +41,6 @@ def _check_experts(given, norm, activation, interleaved, **_):
         raise ValueError("moe_experts: norm_weight given without a norm")
 
 
-def _ascend(name):
-    def build(given, **attributes):
-        from vllm_mindspore.ops import moe_ascend
-
-        return getattr(moe_ascend, name)(given, **attributes)
-
-    return build
-
-
 OPERATORS = [
     Operator(
         # logits [T, E] f32, bias [E]; [T, 2 * top_k]: expert ids, best first, then their weights. Experts are chosen by
@@ -62,7 +53,7 @@ OPERATORS = [
         ),
         fake=_route_fake,
         cpu="MoeRoute",
-        ascend=_ascend("MoeRoute"),
+        ascend=ascend_cell("MoeRoute", "moe_ascend"),
         check=_check_route,
     ),
     Operator(
@@ -79,7 +70,7 @@ OPERATORS = [
         ),
         fake=_experts_fake,
         cpu="MoeExperts",
-        ascend=_ascend("MoeExperts"),
+        ascend=ascend_cell("MoeExperts", "moe_ascend"),
         check=_check_experts,
     ),
 ]

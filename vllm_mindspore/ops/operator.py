@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,12 +102,10 @@ class Operator:
     ordered: bool = False
 
 
-def ascend_cell(name: str) -> Callable[..., Callable]:
-    """An Operator's `ascend`: class `name` of vllm_mindspore.ops.ascend, which is imported when it is used."""
+def ascend_cell(name: str, module: str = "ascend") -> Callable[..., Callable]:
+    """An Operator's `ascend`: class `name` of `vllm_mindspore.ops.<module>`, which is imported when it is used."""
 
     def build(given: tuple[str, ...], **attributes: Any) -> Callable:
-        from vllm_mindspore.ops import ascend
-
-        return getattr(ascend, name)(given, **attributes)
+        return getattr(importlib.import_module(f"vllm_mindspore.ops.{module}"), name)(given, **attributes)
 
     return build

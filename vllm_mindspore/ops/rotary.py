@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
 def check_rotary_dim(head_size: int, rotary_dim: int) -> None:
@@ -14,12 +14,6 @@ def check_rotary_dim(head_size: int, rotary_dim: int) -> None:
 
 def _rotary_fake(positions, x, cos_sin, head_size, rotary_dim, neox):
     return like_input(x)
-
-
-def _rotary_ascend(given, **attributes):
-    from vllm_mindspore.ops.attention_ascend import Rotary
-
-    return Rotary(given, **attributes)
 
 
 def _rotary_check(given, head_size, rotary_dim, neox):
@@ -37,7 +31,7 @@ OPERATORS = [
         ),
         fake=_rotary_fake,
         cpu="Rotary",
-        ascend=_rotary_ascend,
+        ascend=ascend_cell("Rotary", "attention_ascend"),
         check=_rotary_check,
     ),
 ]

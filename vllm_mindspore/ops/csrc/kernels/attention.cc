@@ -307,7 +307,7 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
   bf16 *weights = t.work.weights + first * kTileKeys;
   const KeyRange *ranges = t.work.ranges;
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    score_rows_bf16<R.value>(queries + 2 * row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
+    score_pairs<R.value, 2>(queries + 2 * row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
                              scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
   });
   for (int64_t row = 0; row < t.rows_per_head; ++row) {

@@ -5,7 +5,7 @@
 // numbers do not depend on the rows beside it.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_pairs.h"
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define VLLM_MS_ATTENTION_BF16
@@ -14,21 +14,8 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kPairs = 2 * kLanes;  // elements of a vector of bf16
-
 VLLM_MS_INLINE bool fits_bf16(const KvCache &cache) {
   return cache.dtype == DType::bf16 && cache.head_size % kPairs == 0;
-}
-
-VLLM_MS_INLINE __m512bh load_bf16(const void *p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-
-VLLM_MS_INLINE Vec dot_pairs(__m512bh a, __m512bh b, Vec sum) {
-  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
-}
-
-VLLM_MS_INLINE void store_rounded(bf16 *p, Vec v) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-  std::memcpy(p, &rounded, sizeof(rounded));
 }
 
 // A float query of `size` elements to its high half, then its low.
@@ -37,48 +24,6 @@ VLLM_MS_INLINE void split_query(const float *query, int64_t size, bf16 *out) {
     const Vec v = load(query + d);
     store_rounded(out + d, v);
     store_rounded(out + size + d, v - widen(out + d));
-  }
-}
-
-// As score_rows; queries: [R][2, head_size].
-template <int R>
-VLLM_MS_NOINLINE void score_rows_bf16(const bf16 *queries, const void *const *keys, int64_t begin, int64_t end,
-                                      int64_t size, float *scores, Ahead ahead) {
-  constexpr int K = 16 / R;
-  for (int64_t j = begin / K * K; j < end; j += K) {
-    for (int k = 0; k < K; ++k) prefetch(ahead, j + k);
-    Vec sums[R * K] = {};
-    for (int64_t d = 0; d < size; d += kPairs) {
-      __m512bh high[R], low[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        high[r] = load_bf16(queries + 2 * r * size + d);
-        low[r] = load_bf16(queries + (2 * r + 1) * size + d);
-      }
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) {
-        const __m512bh key = load_bf16(static_cast<const bf16 *>(keys[j + k]) + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          sums[r * K + k] = dot_pairs(high[r], key, dot_pairs(low[r], key, sums[r * K + k]));
-        }
-      }
-    }
-    float flat[R * K];
-    store(flat, sum_each(sums));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTileKeys + j, flat + r * K, K * sizeof(float));
-  }
-}
-
-// Weights of keys [begin, end) of a tile as bf16, zero for its other keys.
-VLLM_MS_INLINE void round_weights(const float *weights, int64_t begin, int64_t end, bf16 *out) {
-  IVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int64_t j = 0; j < kTileKeys; j += kLanes) {
-    const IVec key = lane + static_cast<int32_t>(j);
-    const IVec seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
-    store_rounded(out + j, seen ? load(weights + j) : zero());
   }
 }
 
@@ -102,9 +47,7 @@ VLLM_MS_NOINLINE void accumulate_bf16(float *accumulator, int64_t padded, const 
     __m512bh pair[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      int32_t both;
-      std::memcpy(&both, weights + r * kTileKeys + j, sizeof(both));
-      pair[r] = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+      pair[r] = repeat_pair(weights + r * kTileKeys + j);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {

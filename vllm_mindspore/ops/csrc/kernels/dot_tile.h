@@ -1,7 +1,7 @@
 // The inner kernel of tile_product.h: dot products of 8 weight rows with a few activation rows.
 #pragma once
 
-#include "../vec.h"
+#include "pairs.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
@@ -31,10 +31,6 @@ struct Packed<bf16> {
   using Type = bf16;
   static constexpr int kStep = 2 * kLanes;
 };
-
-VLLM_MS_INLINE __m512bh load_pairs(const bf16 *p) {
-  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
-}
 #endif
 
 // sum + products of one step
@@ -45,8 +41,7 @@ VLLM_MS_INLINE Vec multiply_add(const T *w, const float *x, Vec sum) {
 
 #if defined(__AVX512BF16__)
 VLLM_MS_INLINE Vec multiply_add(const bf16 *w, const bf16 *x, Vec sum) {
-  return reinterpret_cast<Vec>(
-      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), load_pairs(w), load_pairs(x)));
+  return dot_pairs(load_pairs(w), load_pairs(x), sum);
 }
 #endif
 

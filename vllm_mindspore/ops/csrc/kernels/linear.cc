@@ -3,37 +3,13 @@
 #include "../parallel.h"
 #include "linear_amx.h"
 #include "linear_finish.h"
-#include "norm_row.h"
 #include "tile_product.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kPackedBytes = 1 << 19;    // of packed activations, to stay in the second-level cache
-constexpr int64_t kMinTokens = 24;
-constexpr int64_t kMaxTokens = 768;
-
-// Tokens from `first` on, normalised, as the weights' products want them, padded with zeros to whole steps.
-template <class X>
-void pack_tokens(const LinearArgs &args, int64_t first, int64_t tokens, int64_t stride, X *packed) {
-  const NormArgs norm{nullptr,          nullptr,        0,         args.k,   args.norm_weight,
-                      args.norm_bias,   args.norm,      args.eps,  args.norm_offset};
-  constexpr int64_t kElementsPerChunk = 16384;
-  parallel_for(tokens, max64(1, kElementsPerChunk / max64(1, args.k)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      X *out = packed + r * stride;
-      normalise_row(norm, args.x + (first + r) * args.k, [out](int64_t i, Vec v, int64_t n) {
-        if (n == kLanes) {
-          store(out + i, v);
-        } else {
-          store_n(out + i, v, n);
-        }
-      });
-      std::memset(out + args.k, 0, (stride - args.k) * sizeof(X));
-    }
-  });
-}
+constexpr int64_t kPackedBytes = 1 << 19;  // of packed activations, to stay in the second-level cache
 
 template <class T>
 void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRows<typename Packed<T>::Type> &x) {
@@ -64,12 +40,13 @@ template <class T>
 void run(const LinearArgs &args) {
   using X = typename Packed<T>::Type;
   const int64_t stride = round_up(args.k, Packed<T>::kStep);
-  const int64_t fitting = kPackedBytes / max64(1, stride * sizeof(X)) / kTileTokens * kTileTokens;
-  const int64_t tokens = min64(args.m, max64(kMinTokens, min64(kMaxTokens, fitting)));
+  const int64_t tokens = min64(args.m, tokens_within(kPackedBytes, stride * sizeof(X)));
   const Scratch buffer(tokens * stride * sizeof(X));
   for (int64_t first = 0; first < args.m; first += tokens) {
     const int64_t count = min64(tokens, args.m - first);
-    pack_tokens(args, first, count, stride, buffer.as<X>());
+    const NormArgs norm{args.x + first * args.k, nullptr,   count,    args.k,          args.norm_weight,
+                        args.norm_bias,          args.norm, args.eps, args.norm_offset};
+    pack_rows(norm, stride, buffer.as<X>(), [](int64_t) { return 1.0f; });
     multiply_blocks<T>(args, first, {buffer.as<X>(), stride, count, nullptr});
   }
 }

@@ -103,7 +103,7 @@ VLLM_MS_NOINLINE void attend_tile_dot(const Task &t, int64_t start, int64_t end)
   softmax(t, end);
   bf16 *weights = reinterpret_cast<bf16 *>(t.scores);
   for (int64_t head = 0; head < t.task.num_heads; ++head) {
-    round_weights(t.scores + head * kTileKeys, end, weights + head * kTileKeys);
+    round_weights(t.scores + head * kTileKeys, 0, end, weights + head * kTileKeys);
   }
   accumulate_dot(t.accumulator, t.width, t.task.num_heads, weights, values, end, t.in.lora);
 }

@@ -2,6 +2,7 @@
 // to bf16, as linear.cc does with activations; sums are float. A row's numbers do not depend on the rows beside it.
 #pragma once
 
+#include "attention_pairs.h"
 #include "mla_rows.h"
 
 #if defined(__AVX512BF16__)
@@ -10,11 +11,9 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kPair = 2 * kLanes;  // bf16 elements of a vector
-
 // Whether rows of the cache can be read as pairs in place.
 VLLM_MS_INLINE bool fits_dot(const MlaInputs &in) {
-  return in.step.cache.dtype == DType::bf16 && in.lora % kPair == 0 && in.rope % kPair == 0;
+  return in.step.cache.dtype == DType::bf16 && in.lora % kPairs == 0 && in.rope % kPairs == 0;
 }
 
 // Whether expanded keys and values are to be rounded: only where all they are made of is.
@@ -22,49 +21,17 @@ VLLM_MS_INLINE bool expands_to_pairs(const MlaInputs &in) {
   return in.step.cache.dtype == DType::bf16 && in.kv_b.dtype == DType::bf16;
 }
 
-VLLM_MS_INLINE __m512bh pairs_at(const bf16 *p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-
-VLLM_MS_INLINE Vec dot_pairs(Vec sum, __m512bh a, __m512bh b) {
-  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
-}
-
-// scores[r, j] = query[r] . key[j] for j of [begin, begin + kLanes); as score_rows.
-template <int R>
-VLLM_MS_NOINLINE void score_keys(const bf16 *query, int64_t size, const void *const *keys, int64_t begin,
-                                 float *scores) {
-  constexpr int K = R == 4 ? 4 : R == 2 ? 8 : 16;
-  for (int64_t j = begin; j < begin + kLanes; j += K) {
-    Vec sums[R * K] = {};
-    for (int64_t d = 0; d < size; d += kPair) {
-      __m512bh q[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) q[r] = pairs_at(query + r * size + d);
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) {
-        const __m512bh key = pairs_at(static_cast<const bf16 *>(keys[j + k]) + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r * K + k] = dot_pairs(sums[r * K + k], q[r], key);
-      }
-    }
-    float flat[R * K];
-#pragma GCC unroll 4
-    for (int i = 0; i < R * K; i += kLanes) store(flat + i, sum_each(sums + i));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTileKeys + j, flat + r * K, K * sizeof(float));
-  }
-}
-
 // All rows against kLanes keys after the other, which stay in the first-level cache; keys beyond `end` as they come.
 VLLM_MS_INLINE void score_dot(const bf16 *query, int64_t size, int64_t rows, const void *const *keys, int64_t end,
                               float *scores) {
   for (int64_t j = 0; j < end; j += kLanes) {
     for_row_groups(rows, [&](auto R, int64_t row) {
-      score_keys<R.value>(query + row * size, size, keys, j, scores + row * kTileKeys);
+      score_pairs<R.value, 1>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys, {nullptr, 0, 0});
     });
   }
 }
 
-// Values of a tile in pairs of keys and in chunks of columns, [lora / kPair][kTileKeys / 2][kPair][2]: what
+// Values of a tile in pairs of keys and in chunks of columns, [lora / kPairs][kTileKeys / 2][kPairs][2]: what
 // accumulate_pairs reads for all rows stays in the first-level cache. Brings `ahead` into the second-level cache.
 VLLM_MS_NOINLINE void pair_values(const void *const *rows, int64_t end, int64_t lora, Ahead ahead, bf16 *out) {
   alignas(64) uint16_t first[32], second[32];
@@ -81,24 +48,16 @@ VLLM_MS_NOINLINE void pair_values(const void *const *rows, int64_t end, int64_t 
       __builtin_prefetch(ahead.rows[j + 1] + byte, 0, 2);
     }
     const bf16 *even = static_cast<const bf16 *>(rows[j]), *odd = static_cast<const bf16 *>(rows[j + 1]);
-    for (int64_t d = 0; d < lora; d += kPair) {
+    for (int64_t d = 0; d < lora; d += kPairs) {
       const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
-      bf16 *pairs = out + d * kTileKeys + j * kPair;
+      bf16 *pairs = out + d * kTileKeys + j * kPairs;
       _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(pairs + kPair, _mm512_permutex2var_epi16(a, high, b));
+      _mm512_storeu_si512(pairs + kPairs, _mm512_permutex2var_epi16(a, high, b));
     }
   }
 }
 
-// The weights of keys [0, end) as bf16, zeros up to the next pair.
-VLLM_MS_INLINE void round_weights(const float *weights, int64_t end, bf16 *out) {
-  for (int64_t j = 0; j < end; j += kLanes) {
-    const int64_t n = min_of(kLanes, end - j);
-    store(out + j, n == kLanes ? load(weights + j) : load_n(weights + j, n));
-  }
-}
-
-// accumulator[r, 0 : C * kPair] += weights[r] . values over pairs of keys, ascending; values: C chunks of pair_values.
+// accumulator[r, 0 : C * kPairs] += weights[r] . values over pairs of keys, ascending; values: C chunks of pair_values.
 template <int R, int C>
 VLLM_MS_NOINLINE void accumulate_pairs(float *accumulator, int64_t padded, const bf16 *weights, const bf16 *values,
                                        int64_t end) {
@@ -112,14 +71,12 @@ VLLM_MS_NOINLINE void accumulate_pairs(float *accumulator, int64_t padded, const
   for (int64_t j = 0; j < end; j += 2) {
     __m512bh value[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) value[n] = pairs_at(values + n / 2 * kPair * kTileKeys + (j + n % 2) * kPair);
+    for (int n = 0; n < N; ++n) value[n] = load_pairs(values + n / 2 * kPairs * kTileKeys + (j + n % 2) * kPairs);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, weights + r * kTileKeys + j, sizeof(pair));
-      const __m512bh weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      const __m512bh weight = repeat_pair(weights + r * kTileKeys + j);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r][n] = dot_pairs(sums[r][n], weight, value[n]);
+      for (int n = 0; n < N; ++n) sums[r][n] = dot_pairs(weight, value[n], sums[r][n]);
     }
   }
 #pragma GCC unroll 4
@@ -132,8 +89,8 @@ VLLM_MS_NOINLINE void accumulate_pairs(float *accumulator, int64_t padded, const
 // All rows against one run of columns after the other.
 VLLM_MS_INLINE void accumulate_dot(float *accumulator, int64_t padded, int64_t rows, const bf16 *weights,
                                    const bf16 *values, int64_t end, int64_t lora) {
-  for (int64_t d = 0; d < lora; d += 2 * kPair) {
-    const bool two = d + kPair < lora;
+  for (int64_t d = 0; d < lora; d += 2 * kPairs) {
+    const bool two = d + kPairs < lora;
     for_row_groups(rows, [&](auto R, int64_t row) {
       float *sums = accumulator + row * padded + d;
       const bf16 *chunk = values + d * kTileKeys;

@@ -160,10 +160,7 @@ void attend_tile_dot(const Task &t, int64_t start, int64_t end, int64_t first) {
     const int64_t seen = min_of(end, t.position + i + 1 - start);
     softmax_row(t.step, t.scores + i * kTileKeys, 0, seen, 0.0f, 0,
                 {t.accumulator + i * t.value_width, t.max + i, t.sum + i});
-    round_weights(t.scores + i * kTileKeys, seen, weights + i * kTileKeys);
-    for (int64_t j = (seen + kLanes - 1) / kLanes * kLanes; j < end; j += kLanes) {
-      store(weights + i * kTileKeys + j, zero());
-    }
+    round_weights(t.scores + i * kTileKeys, 0, seen, weights + i * kTileKeys);
   }
   accumulate_dot(t.accumulator + first * t.value_width, t.value_width, count, weights + first * kTileKeys,
                  reinterpret_cast<const bf16 *>(t.pairs), end, t.value_width);

@@ -2,7 +2,6 @@
 
 #include "../moe_plan.h"
 #include "../parallel.h"
-#include "norm_row.h"
 #include "tile_product.h"
 
 namespace vllm_ms {
@@ -11,8 +10,7 @@ namespace {
 
 constexpr int64_t kPackedBytes = 1 << 20;    // of one job's activations, to stay in the second-level cache
 constexpr int64_t kHiddenBytes = 96 << 20;   // of what passes from the first to the second product
-constexpr int64_t kLeastTokens = 24;
-constexpr int64_t kMostTokens = 768;
+constexpr int64_t kLeastTokens = 768;  // at once, whatever their bytes
 constexpr int64_t kPiecesPerThread = 8;
 
 // One of the two products: the same linear layer of every expert.
@@ -98,23 +96,6 @@ VLLM_MS_INLINE void store_part(T *out, Vec v, int64_t n) {
   } else {
     store(out, v);
   }
-}
-
-// x, normalised, as the weights' products want it.
-template <class T, class X>
-void pack_tokens(const MoeExpertsArgs &args, int64_t first, int64_t tokens, int64_t stride, X *packed) {
-  const NormArgs norm{nullptr,        nullptr,   0,        args.hidden,     args.norm_weight,
-                      args.norm_bias, args.norm, args.eps, args.norm_offset};
-  constexpr int64_t kElementsPerChunk = 16384;
-  parallel_for(tokens, max64(1, kElementsPerChunk / max64(1, args.hidden)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      X *out = packed + t * stride;
-      const float scale = args.weight_on_input ? args.routing[(first + t) * 2 * args.top_k + args.top_k] : 1.0f;
-      normalise_row(norm, args.x + (first + t) * args.hidden,
-                    [out, scale](int64_t i, Vec v, int64_t n) { store_part(out + i, v * scale, n); });
-      std::memset(out + args.hidden, 0, (stride - args.hidden) * sizeof(X));
-    }
-  });
 }
 
 // Activation of the first product's sums.
@@ -221,14 +202,18 @@ template <class T>
 void run(const MoeExpertsArgs &args) {
   using X = typename Packed<T>::Type;
   const int64_t stride = round_up(args.hidden, Packed<T>::kStep), hidden_stride = round_up(args.inter, Packed<T>::kStep);
-  const int64_t fitting = kPackedBytes / max64(1, stride * sizeof(X)) / kTileTokens * kTileTokens;
-  const int64_t most_tokens = max64(kLeastTokens, min64(kMostTokens, fitting));
-  const int64_t at_once = max64(kMostTokens, kHiddenBytes / max64(1, args.top_k * hidden_stride * sizeof(X)));
+  const int64_t job_tokens = tokens_within(kPackedBytes, stride * sizeof(X));
+  const int64_t at_once = max64(kLeastTokens, kHiddenBytes / max64(1, args.top_k * hidden_stride * sizeof(X)));
   for (int64_t first = 0; first < args.tokens; first += at_once) {
     const int64_t tokens = min64(at_once, args.tokens - first);
-    const MoePlan plan(args.routing + first * 2 * args.top_k, tokens, args.top_k, args.experts, most_tokens);
+    const float *routing = args.routing + first * 2 * args.top_k;
+    const MoePlan plan(routing, tokens, args.top_k, args.experts, job_tokens);
     const Scratch packed(tokens * stride * sizeof(X)), hidden(plan.num_slots() * hidden_stride * sizeof(X));
-    pack_tokens<T>(args, first, tokens, stride, packed.as<X>());
+    const NormArgs norm{args.x + first * args.hidden, nullptr,   tokens,   args.hidden,     args.norm_weight,
+                        args.norm_bias,               args.norm, args.eps, args.norm_offset};
+    pack_rows(norm, stride, packed.as<X>(), [&](int64_t t) {
+      return args.weight_on_input ? routing[t * 2 * args.top_k + args.top_k] : 1.0f;
+    });
     const PackedRows<X> x{packed.as<X>(), stride, plan.num_slots(), plan.token_of_slot()};
     first_product<T>(args, plan, x, hidden_stride, hidden.as<X>());
     const PackedRows<X> rows{hidden.as<X>(), hidden_stride, plan.num_slots(), nullptr};

@@ -3,8 +3,10 @@
 
 #include <type_traits>
 
+#include "../parallel.h"
 #include "dot_tile.h"
 #include "linear_finish.h"
+#include "norm_row.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
@@ -25,6 +27,32 @@ struct PackedRows {
     return {data + first * stride, stride, some, nullptr};
   }
 };
+
+// As many tokens as have their packed activations within `bytes`, within limits.
+VLLM_MS_INLINE int64_t tokens_within(int64_t bytes, int64_t token_bytes) {
+  constexpr int64_t kLeast = 24, kMost = 768;
+  return max64(kLeast, min64(kMost, bytes / max64(1, token_bytes) / kTileTokens * kTileTokens));
+}
+
+// norm.rows rows of norm.x, normalised and times scale(row), as products want them: padded with zeros to `stride`.
+template <class X, class Scale>
+void pack_rows(const NormArgs &norm, int64_t stride, X *packed, Scale scale) {
+  constexpr int64_t kElementsPerChunk = 16384;
+  parallel_for(norm.rows, max64(1, kElementsPerChunk / max64(1, norm.width)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      X *out = packed + r * stride;
+      const float factor = scale(r);
+      normalise_row(norm, norm.x + r * norm.width, [out, factor](int64_t i, Vec v, int64_t n) {
+        if (n == kLanes) {
+          store(out + i, v * factor);
+        } else {
+          store_n(out + i, v * factor, n);
+        }
+      });
+      std::memset(out + norm.width, 0, (stride - norm.width) * sizeof(X));
+    }
+  });
+}
 
 // 8 weight rows, `step` rows apart, and their last, incomplete step padded with zeros. Rows beyond `count` repeat the
 // last one; their results are not used.

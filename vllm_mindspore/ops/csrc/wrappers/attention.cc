@@ -1,8 +1,7 @@
 #include "../kernels/attention.h"
 
-#include "../aot.h"
-#include "../attention_plan.h"
 #include "../parallel.h"
+#include "step.h"
 
 namespace vllm_ms {
 namespace aot {
@@ -31,19 +30,15 @@ struct AttentionAttributes {
 };
 
 struct StepTensors {
-  const Tensor &cache, &block_table, &query_start_loc, &seq_lens, &sinks, &alibi_slopes;
+  const Tensor &cache;
+  RequestTensors requests;
+  const Tensor &sinks, &alibi_slopes;
 
   void infer(const AttentionAttributes &a) const {
     require_rank(cache, 3, "kv_cache");
     require_equal(cache.dim(1), a.num_kv_heads, "kv_cache: heads and num_kv_heads");
     require_equal(cache.dim(2), 2 * a.head_size, "kv_cache: width and 2 * head_size");
-    require_rank(block_table, 2, "block_table");
-    require_rank(query_start_loc, 1, "query_start_loc");
-    require_rank(seq_lens, 1, "seq_lens");
-    require_equal(block_table.dim(0), seq_lens.dim(0), "block_table and seq_lens: number of requests");
-    if (query_start_loc.dim(0) >= 0 && seq_lens.dim(0) >= 0) {
-      require_equal(query_start_loc.dim(0), seq_lens.dim(0) + 1, "query_start_loc and number of requests + 1");
-    }
+    requests.infer();
     require_vector(sinks, a.num_heads, "sinks");
     require_vector(alibi_slopes, a.num_heads, "alibi_slopes");
   }
@@ -52,16 +47,9 @@ struct StepTensors {
     require_float(cache, "kv_cache");
     require_float(sinks, "sinks");
     require_float(alibi_slopes, "alibi_slopes");
-    for (const Tensor *t : {&block_table, &query_start_loc, &seq_lens}) {
-      require(t->dtype == DType::i32, "block_table, query_start_loc and seq_lens: must be int32");
-    }
     AttentionInputs in;
     in.cache = {cache.data, cache.dtype, cache.dim(0), a.num_kv_heads, a.head_size};
-    in.block_table = block_table.as<int32_t>();
-    in.num_requests = seq_lens.dim(0);
-    in.max_blocks = block_table.dim(1);
-    in.query_start_loc = query_start_loc.as<int32_t>();
-    in.seq_lens = seq_lens.as<int32_t>();
+    requests.fill(in);
     in.sinks = sinks.weight();
     in.alibi_slopes = alibi_slopes.weight();
     in.num_heads = a.num_heads;
@@ -82,7 +70,7 @@ struct PagedAttentionOp {
   explicit PagedAttentionOp(const Attributes &a) : attributes(a) {}
 
   static StepTensors step(const Inputs &in) {
-    return {in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens], in[kSinks], in[kAlibi]};
+    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi]};
   }
 
   Shape infer(const Inputs &in) const {
@@ -138,7 +126,7 @@ struct QkvAttentionOp {
   }
 
   static StepTensors step(const Inputs &in) {
-    return {in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens], in[kSinks], in[kAlibi]};
+    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi]};
   }
 
   int64_t query_width() const { return attributes.num_heads * attributes.head_size; }
@@ -186,15 +174,8 @@ struct QkvAttentionOp {
   void check(const Inputs &in, const AttentionInputs &inputs) const {
     require_f32(in[kQkv], "qkv");
     for (int i : {kCosSin, kQNorm, kKNorm}) require_float(in[i], "cos_sin, q_norm and k_norm");
-    require(in[kPositions].dtype == DType::i64, "positions: must be int64");
-    require(in[kSlots].dtype == DType::i64, "slot_mapping: must be int64");
     check_attention(inputs);
-    const int64_t *slots = in[kSlots].as<int64_t>(), *positions = in[kPositions].as<int64_t>();
-    check_slots(slots, inputs.num_tokens, inputs.cache.num_slots);
-    if (!in[kCosSin].given) return;
-    const int64_t used = inputs.num_requests > 0 ? inputs.query_start_loc[inputs.num_requests] : 0;
-    check_positions(positions, 0, used, in[kCosSin].dim(0), nullptr);
-    check_positions(positions, used, inputs.num_tokens, in[kCosSin].dim(0), slots);
+    check_tokens(inputs, in[kSlots], in[kPositions], in[kCosSin]);
   }
 
   void run(const Inputs &in, void *out) const {

@@ -1,9 +1,8 @@
 #include "../kernels/mla.h"
 
-#include "../aot.h"
-#include "../attention_plan.h"
 #include "../mla_plan.h"
 #include "../parallel.h"
+#include "step.h"
 
 namespace vllm_ms {
 namespace aot {
@@ -38,7 +37,8 @@ void infer_cache(const Tensor &cache, int64_t row) {
 }
 
 struct MlaTensors {
-  const Tensor &query, &kv_b, &cache, &block_table, &query_start_loc, &seq_lens;
+  const Tensor &query, &kv_b, &cache;
+  RequestTensors requests;
 
   Shape infer(const MlaAttributes &a) const {
     require(query.rank == 2 || query.rank == 3, "query: rank ", query.rank, ", expected 2 or 3");
@@ -51,13 +51,7 @@ struct MlaTensors {
     require_equal(kv_b.dim(0), a.num_heads * (a.nope + a.v), "kv_b: rows and heads * (nope_dim + v_dim)");
     require_equal(kv_b.dim(1), a.lora, "kv_b: columns and kv_lora_rank");
     infer_cache(cache, a.row());
-    require_rank(block_table, 2, "block_table");
-    require_rank(query_start_loc, 1, "query_start_loc");
-    require_rank(seq_lens, 1, "seq_lens");
-    require_equal(block_table.dim(0), seq_lens.dim(0), "block_table and seq_lens: number of requests");
-    if (query_start_loc.dim(0) >= 0 && seq_lens.dim(0) >= 0) {
-      require_equal(query_start_loc.dim(0), seq_lens.dim(0) + 1, "query_start_loc and number of requests + 1");
-    }
+    requests.infer();
     return {query.dim(0), a.num_heads * a.v};
   }
 
@@ -65,20 +59,13 @@ struct MlaTensors {
     require_f32(query, "query");
     require_float(kv_b, "kv_b");
     require_float(cache, "kv_cache");
-    for (const Tensor *t : {&block_table, &query_start_loc, &seq_lens}) {
-      require(t->dtype == DType::i32, "block_table, query_start_loc and seq_lens: must be int32");
-    }
     MlaInputs in{};
     AttentionInputs &step = in.step;
     step.query = query.as<float>();
     step.query_stride = a.query_width();
     step.num_tokens = query.dim(0);
     step.cache = {cache.data, cache.dtype, cache.dim(0), 1, a.row()};
-    step.block_table = block_table.as<int32_t>();
-    step.num_requests = seq_lens.dim(0);
-    step.max_blocks = block_table.dim(1);
-    step.query_start_loc = query_start_loc.as<int32_t>();
-    step.seq_lens = seq_lens.as<int32_t>();
+    requests.fill(step);
     step.num_heads = a.num_heads;
     step.block_size = a.block_size;
     step.scale = a.scale;
@@ -144,7 +131,7 @@ struct MlaAttentionOp {
   explicit MlaAttentionOp(const Attributes &a) : attributes(a) {}
 
   static MlaTensors tensors(const Inputs &in) {
-    return {in[kQuery], in[kKvB], in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]};
+    return {in[kQuery], in[kKvB], in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
   }
   Shape infer(const Inputs &in) const { return tensors(in).infer(attributes); }
 
@@ -174,7 +161,7 @@ struct MlaQkvAttentionOp {
         norm_offset(a.number("norm_offset")) {}
 
   static MlaTensors tensors(const Inputs &in) {
-    return {in[kQuery], in[kKvB], in[kCache], in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]};
+    return {in[kQuery], in[kKvB], in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
   }
 
   Shape infer(const Inputs &in) const {
@@ -220,16 +207,8 @@ struct MlaQkvAttentionOp {
   void check(const Inputs &in, const MlaInputs &inputs) const {
     require_f32(in[kKvA], "kv_a");
     for (int i : {kCosSin, kNorm}) require_float(in[i], "cos_sin and kv_norm");
-    require(in[kPositions].dtype == DType::i64, "positions: must be int64");
-    require(in[kSlots].dtype == DType::i64, "slot_mapping: must be int64");
     check_mla(inputs);
-    const AttentionInputs &step = inputs.step;
-    const int64_t *slots = in[kSlots].as<int64_t>(), *positions = in[kPositions].as<int64_t>();
-    check_slots(slots, step.num_tokens, step.cache.num_slots);
-    if (!in[kCosSin].given) return;
-    const int64_t used = step.num_requests > 0 ? step.query_start_loc[step.num_requests] : 0;
-    check_positions(positions, 0, used, in[kCosSin].dim(0), nullptr);
-    check_positions(positions, used, step.num_tokens, in[kCosSin].dim(0), slots);
+    check_tokens(inputs.step, in[kSlots], in[kPositions], in[kCosSin]);
   }
 
   void run(const Inputs &in, void *out) const {
