@@ -9,6 +9,7 @@ VENV ?= $(CURDIR)/.venv$(if $(VLLM),-vllm-$(VLLM))
 HOST = 127.0.0.1
 PORT ?= 8000
 MODEL ?=
+TEST_PROCESSES ?= 2
 ARGS =
 
 export PYTHON VENV VLLM HOST PORT
@@ -33,7 +34,7 @@ serve: setup
 	@exec deploy/serve.sh '$(MODEL)' $(ARGS)
 
 test: setup-test
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 test-slow: setup-test
 	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)

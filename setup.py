@@ -24,6 +24,7 @@ SKIP_OPERATORS = "VLLM_MS_SKIP_OPS_BUILD"
 TEST_REQUIREMENTS = [
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "ruff",
     "nbclient",
