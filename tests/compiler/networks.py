@@ -9,7 +9,7 @@ from vllm_mindspore.compiler.capture import Capture
 from vllm_mindspore.compiler.emit import EmittedGraph, emit
 from vllm_mindspore.compiler.legalize import legalize
 from vllm_mindspore.compiler.program import Program
-from vllm_mindspore.compiler.tensors import to_mindspore, to_torch
+from vllm_mindspore.compiler.tensors import to_mindspore, to_torch, unpack
 from vllm_mindspore.graph_passes import PASSES, PassManager
 from vllm_mindspore.ops import registry
 
@@ -49,10 +49,17 @@ def run(
     if not eager:
         program.compile([((None, *tensor.shape[1:]), tensor.dtype) for tensor in tensors], lambda: None)
     results = [
-        _to_torch(program([to_mindspore(tensor[:size].contiguous()) for tensor in tensors]))
+        _results(emitted, program([to_mindspore(tensor[:size].contiguous()) for tensor in tensors]), size)
         for size in sizes or [len(tensors[0])]
     ]
     return results if sizes else results[0]
+
+
+def _results(emitted: EmittedGraph, result, size: int):
+    if not emitted.packed:
+        return _to_torch(result)
+    shapes = [tuple(size if length is None else length for length in shape) for shape in emitted.outputs]
+    return tuple(unpack(_to_torch(result), shapes))
 
 
 def _to_torch(result):

@@ -119,6 +119,22 @@ def test_what_follows_a_returned_result_is_not_recorded(tmp_path):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_all_results_of_a_graph_of_own_operators_are_recorded_together(tmp_path):
+    weights = {f"layers.{i}.weight": torch.randn(6, 6) for i in range(3)} | {"head.weight": torch.randn(9, 6)}
+
+    def model(x, **w):
+        for name in list(weights)[:3]:
+            x = torch.nn.functional.linear(x, w[name])
+        return x, torch.nn.functional.linear(torch.nn.functional.silu(x), w["head.weight"])
+
+    emitted, _ = lowered(model, [x := torch.randn(5, 6)], weights, passes=True)
+    assert emitted.packed and emitted.outputs == ((None, 6), (None, 9))
+    assert emitted.source.count("Recorder()") == 1 and "sequence(" not in emitted.source
+    for found in run(tmp_path, model, x, weights=weights, eager=False, sizes=[5, 3, 0, 1]):
+        for part, wanted in zip(found, model(x[: len(found[0])], **weights), strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_operators_stay_apart_on_ascend(monkeypatch):
     monkeypatch.setattr(networks, "DEVICE", "ascend")
     emitted, _ = lowered(*_arguments("aaaa"), passes=True)

@@ -100,6 +100,21 @@ def test_a_recording_gives_the_bits_of_its_operators():
     np.testing.assert_array_equal(primitive(*operands).asnumpy(), one_by_one(*arguments).asnumpy())
 
 
+@pytest.mark.parametrize("rows", [1, 7, 0])
+def test_several_results_are_one_vector(rows):
+    x, w = tensor(np.ones((rows, 5), np.float32)), tensor(np.full((3, 5), 2, np.float32))
+    program = f"y = linear x w - - - - {PLAIN}\nz = activation y activation=relu\nu = activation x activation=relu"
+    found = sequence("x w", program, "u y")(x, w).asnumpy()
+    np.testing.assert_array_equal(found, np.repeat(np.float32([1, 10]), [rows * 5, rows * 3]))
+    np.testing.assert_array_equal(sequence("x w", program, "z")(x, w).asnumpy(), np.full((rows, 3), 10, np.float32))
+
+
+def test_a_result_that_no_step_has_is_refused():
+    x = tensor(np.ones((2, 5), np.float32))
+    with pytest.raises(RuntimeError, match="no step has the result 'x'"):
+        sequence("x", "y = activation x activation=relu", "x")(x).asnumpy()
+
+
 def test_a_recorder_checks_its_calls():
     run = Recorder()
     with pytest.raises(TypeError, match="linear: 2 tensors given, schema"):

@@ -39,7 +39,7 @@ class EmittedGraph:
     """A network's source and what to feed it.
 
     weights: parameter and constant names the constructor reads. inputs: arguments of `construct`, in order.
-    outputs: the shape of each result, None for a size that varies.
+    outputs: the shape of each result, None for a size that varies. packed: they are one vector, one after the other.
     """
 
     name: str
@@ -47,6 +47,7 @@ class EmittedGraph:
     weights: tuple[GraphInput, ...]
     inputs: tuple[GraphInput, ...]
     outputs: tuple[tuple[int | None, ...], ...]
+    packed: bool
     layer_classes: int
     operators: dict[str, int]
 
@@ -64,11 +65,13 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     inputs = captured.placeholders
     stored_nodes = {node: stored[item.name] for node, item in inputs.items() if item.kind in ("weight", "constant")}
     before, layers, after = find_layers(captured, stored_nodes)
-    recorded = recorded_part(before, layers, after) if device == "cpu" else None
+    packed = False
+    recorded = recorded_part(before, layers, after, captured.results) if device == "cpu" else None
     if recorded is None:
         writer = NetworkWriter(captured, stored_nodes, group=device == "cpu")
     else:
         writer = RecordedWriter(captured, stored_nodes, *recorded)
+        packed = len(writer.results(layers)) > 1
     classes = writer.layer_classes(layers)
     body = writer.network(before, layers, after)
     source = "\n".join([HEADER.format(title=title, device=device, imports=IMPORTS[device]), *classes, body])
@@ -78,7 +81,7 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
         operator_name(node.target) for node in [*before, *after, *(n for layer in layers for n in layer.nodes)]
     )
     outputs = tuple(_known_shape(node) for node in captured.results)
-    return EmittedGraph(captured.name, source, weights, step_inputs, outputs, len(classes), dict(operators))
+    return EmittedGraph(captured.name, source, weights, step_inputs, outputs, packed, len(classes), dict(operators))
 
 
 def _known_shape(node: Node) -> tuple[int | None, ...]:

@@ -174,6 +174,7 @@ class Compiler:
                 "weights": [asdict(item) for item in graph.emitted.weights],
                 "inputs": [asdict(item) for item in graph.emitted.inputs],
                 "outputs": graph.emitted.outputs,
+                "packed": graph.emitted.packed,
                 "layer_classes": graph.emitted.layer_classes,
                 "operators": graph.emitted.operators,
             }
@@ -190,9 +191,8 @@ class Compiler:
             path = self.entry.path / f"{name}.py"
             weights, inputs = (tuple(GraphInput(**item) for item in graph[kind]) for kind in ("weights", "inputs"))
             outputs = tuple(map(tuple, graph["outputs"]))
-            emitted = EmittedGraph(
-                name, path.read_text(), weights, inputs, outputs, graph["layer_classes"], graph["operators"]
-            )
+            rest = (graph[field] for field in ("packed", "layer_classes", "operators"))
+            emitted = EmittedGraph(name, path.read_text(), weights, inputs, outputs, *rest)
             self.graphs[name] = LoweredGraph(emitted, path, graph["passes"])
         constants = self.entry.path / CONSTANTS_FILE
         self.constants = load_file(constants) if constants.is_file() else {}

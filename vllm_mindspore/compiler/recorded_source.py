@@ -12,11 +12,13 @@ from vllm_mindspore.compiler.network_source import Block, NetworkWriter, OwnCall
 from vllm_mindspore.compiler.segments import Segment
 
 
-def recorded_part(before: list[Node], layers: list[Segment], after: list[Node]) -> tuple[list[Node], list[Node]] | None:
+def recorded_part(
+    before: list[Node], layers: list[Segment], after: list[Node], results: list[Node]
+) -> tuple[list[Node], list[Node]] | None:
     """The nodes recorded together with all layers: (last of `before`, first of `after`).
 
-    Of what is recorded only the last result may be used elsewhere. None when there are no layers, or when they contain
-    anything but operators of ours.
+    Of what is recorded only the last result may be used elsewhere, unless it gives all `results` of the graph. None
+    when there are no layers, or when they contain anything but operators of ours.
     """
     inside = [node for layer in layers for node in layer.nodes]
     if not inside or not all(map(is_own, inside)):
@@ -28,7 +30,7 @@ def recorded_part(before: list[Node], layers: list[Segment], after: list[Node]) 
         end += 1
     for last in range(end, -1, -1):
         part = [*before[begin:], *inside, *after[:last]]
-        if leaving(part) == part[-1:]:
+        if leaving(part) == part[-1:] or (last == len(after) and set(leaving(part)) == set(results)):
             return before[begin:], after[:last]
     return None
 
@@ -77,16 +79,25 @@ class RecordedWriter(NetworkWriter):
             self._layer_call(block, recorded, layer)
         for node in self.last:
             self._record_here(block, recorded, node)
-        result = self.last[-1] if self.last else layers[-1].results[-1]
+        results = self.results(layers)
         names = [block.names[node] for node in inputs]
         operators, weights = block.fresh("operators"), block.fresh("weights")
-        block.init.append(f"self.{operators}, self.{weights} = run.primitive({names!r})")
-        block.names[result] = block.fresh(recorded.names[result])
-        operands = ", ".join([*names, f"*self.{weights}"])
-        block.body.append(f"{block.names[result]} = self.{operators}({operands}){self.comment(result)}")
-        self.write_all(block, after)
-        block.body.append("return " + ", ".join(block.names[item] for item in self.captured.results))
+        returned = "".join(f", {recorded.names[node]}" for node in results)
+        block.init.append(f"self.{operators}, self.{weights} = run.primitive({names!r}{returned})")
+        call = f"self.{operators}({', '.join([*names, f'*self.{weights}'])})"
+        if len(results) > 1:
+            block.body.append(f"return {call}{''.join(map(self.comment, results))}")
+        else:
+            block.names[results[0]] = block.fresh(recorded.names[results[0]])
+            block.body.append(f"{block.names[results[0]]} = {call}{self.comment(results[0])}")
+            self.write_all(block, after)
+            block.body.append("return " + ", ".join(block.names[item] for item in self.captured.results))
         return class_source("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
+
+    def results(self, layers: list[Segment]) -> list[Node]:
+        """What the recorded operator returns: the graph's results in their order, or its own last one."""
+        part = [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
+        return part[-1:] if leaving(part) == part[-1:] else list(self.captured.results)
 
     def _recorded_inputs(self, layers: list[Segment]) -> list[Node]:
         nodes = [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]

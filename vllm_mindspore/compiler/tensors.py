@@ -1,5 +1,7 @@
 """The one bridge between torch and MindSpore tensors: both views of the same host memory, never a copy."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -26,6 +28,12 @@ def to_mindspore(tensor: torch.Tensor):
 def to_torch(tensor) -> torch.Tensor:
     """A torch tensor on the memory of a MindSpore tensor; waits until the tensor is computed."""
     return torch.from_numpy(tensor.asnumpy())
+
+
+def unpack(vector: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Views of the tensors of these shapes that lie one after the other in `vector`."""
+    parts = vector.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def array_to_mindspore(array: np.ndarray):

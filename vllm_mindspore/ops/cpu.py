@@ -37,15 +37,16 @@ def aot_primitive(operator: Operator, given: tuple[str, ...], attributes: dict[s
     return _primitive(operator.cpu, len(given), ordered, {"present": present, **attributes})
 
 
-def sequence(inputs: str, program: str) -> Callable:
+def sequence(inputs: str, program: str, results: str = "") -> Callable:
     """Several operators as one primitive, for MindSpore's runtime costs more per operator than a small one takes.
 
     inputs: names of its tensors, separated by spaces. program: a line `result = operator operands attributes` per
-    operator, an operand (or `-`) for each tensor of its schema, attributes as name=value; the last result is what the
-    primitive returns, earlier ones live in memory that is reused. Raises build.BuildError when the library cannot be
-    used; what is wrong in a program is reported when its shapes are first inferred.
+    operator, an operand (or `-`) for each tensor of its schema, attributes as name=value. results: what the primitive
+    returns, by default the last line's result; several are returned one after the other in one vector. The others live
+    in memory that is reused. Raises build.BuildError when the library cannot be used; what is wrong in a program is
+    reported when its shapes are first inferred.
     """
-    attributes = {"present": -1, "inputs": inputs, "program": program}
+    attributes = {"present": -1, "inputs": inputs, "program": program, "results": results}
     return _primitive("Sequence", len(inputs.split()), True, attributes)
 
 
@@ -77,15 +78,16 @@ class Recorder:
         self._parameters[tensor.name] = tensor
         return tensor.name
 
-    def primitive(self, inputs: list[str]) -> tuple[Callable, Any]:
+    def primitive(self, inputs: list[str], *results: str) -> tuple[Callable, Any]:
         """(the primitive, its weights): call it with the inputs of a step, then the weights.
 
-        inputs: their names, in the order they are passed. It returns the result of the last recorded call.
+        inputs: their names, in the order they are passed. results: of the recorded calls, what it returns; several as
+        one vector, one after the other.
         """
         from mindspore import ParameterTuple
 
         names = " ".join([*inputs, *self._parameters])
-        return sequence(names, "\n".join(self._lines)), ParameterTuple(self._parameters.values())
+        return sequence(names, "\n".join(self._lines), " ".join(results)), ParameterTuple(self._parameters.values())
 
 
 def _primitive(function: str, inputs: int, ordered: bool, attributes: dict[str, Any]) -> Callable:

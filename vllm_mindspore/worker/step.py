@@ -9,7 +9,7 @@ from vllm.forward_context import get_forward_context
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.capture import GraphInput
 from vllm_mindspore.compiler.program import Program
-from vllm_mindspore.compiler.tensors import array_to_mindspore, to_mindspore, to_torch
+from vllm_mindspore.compiler.tensors import array_to_mindspore, to_mindspore, to_torch, unpack
 
 
 class ModelStep:
@@ -97,13 +97,21 @@ class ModelStep:
         inputs = [
             self._input(item, values, metadata, context.slot_mapping, common) for item in self.model.emitted.inputs
         ]
-        selected, logits = map(to_torch, self.model(inputs))
+        selected, logits = self._results(self.model(inputs), len(rows), len(logits_rows))
         self._computed = (selected[logits_rows], logits) if len(rows) > len(logits_rows) else (selected, logits)
         if len(rows) == num_tokens:
             return selected
         hidden_states = torch.zeros(num_tokens, selected.shape[1])
         hidden_states[rows] = selected
         return hidden_states
+
+    def _results(self, results, *num_rows: int) -> list[torch.Tensor]:
+        """What the graph returned, as torch tensors of so many rows each."""
+        if self.model.emitted.packed:
+            shapes = [(rows, *sizes) for rows, (_, *sizes) in zip(num_rows, self.model.emitted.outputs, strict=True)]
+            return unpack(to_torch(results), shapes)
+        # the last is ready last: who waits for an earlier one first keeps a CPU busy until then
+        return [to_torch(result) for result in reversed(results)][::-1]
 
     def _rows(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens whose hidden states are computed, rows of these whose logits are)."""

@@ -7,6 +7,7 @@
 #include "kernels/quantized_weight.h"
 #include "kernels/sample.h"
 #include "parallel.h"
+#include "step_times.h"
 
 #define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -40,4 +41,10 @@ VLLM_MS_EXPORT void vllm_ms_sample_rows(const float *logits, int64_t rows, int64
                                         const int32_t *top_k, const float *top_p, const double *uniform,
                                         int64_t *out) {
   vllm_ms::sample_rows({{logits, rows, vocab, stride}, top_k, top_p, uniform, out});
+}
+
+// See step_times.h: begin (1) or stop (0) to measure, and read what was measured.
+VLLM_MS_EXPORT void vllm_ms_measure_steps(int on) { vllm_ms::measure_steps(on != 0); }
+VLLM_MS_EXPORT void vllm_ms_step_times(char *text, int size) {
+  std::snprintf(text, size, "%s", vllm_ms::step_times().c_str());
 }

@@ -1,10 +1,12 @@
 // Several operators of one layer as one operator of MindSpore: what passes between them stays in memory of ours, and the
 // runtime's work per operator is paid once.
+#include <algorithm>
 #include <mutex>
 #include <optional>
 
 #include "../aot.h"
 #include "../parallel.h"
+#include "../step_times.h"
 
 namespace vllm_ms {
 namespace aot {
@@ -51,9 +53,12 @@ SequenceStep parse_step(const std::string &line, const Names &known) {
   return step;
 }
 
+// The result is that of one step, or those of several, one after the other in one vector: MindSpore's runtime would make
+// an operator of its own for what follows the first.
 struct SequenceOp {
   static constexpr const char *kName = "sequence";
   std::vector<SequenceStep> steps;
+  std::vector<int> results;
   int inputs;
 
   explicit SequenceOp(const Attributes &a) : inputs(0) {
@@ -67,6 +72,13 @@ struct SequenceOp {
       known[steps.back().result] = {Operand::result, static_cast<int>(steps.size()) - 1};
     }
     require(!steps.empty(), "an empty program");
+    std::istringstream wanted(a.text("results"));
+    for (std::string name; wanted >> name;) {
+      const auto operand = known.find(name);
+      require(operand != known.end() && operand->second.kind == Operand::result, "no step has the result '", name, "'");
+      results.push_back(operand->second.index);
+    }
+    if (results.empty()) results.push_back(static_cast<int>(steps.size()) - 1);
     std::vector<bool> read(steps.size());
     for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
       for (const Operand &operand : step->operands) {
@@ -79,24 +91,33 @@ struct SequenceOp {
 
   Shape infer(const Inputs &in) const {
     std::vector<Shape> shapes(steps.size());
-    std::vector<Tensor> results(steps.size());
-    for (size_t i = 0; i < steps.size(); ++i) results[i] = infer_step(i, in, results, &shapes[i]);
-    return shapes.back();
+    const std::vector<Tensor> values = infer_steps(in, &shapes);
+    if (results.size() == 1) return shapes[results[0]];
+    int64_t total = 0;
+    for (int result : results) {
+      const Shape &shape = shapes[result];
+      if (std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; })) return {-1};
+      total += values[result].numel();
+    }
+    return {total};
   }
 
   void run(const Inputs &in, void *out) const {
     std::vector<Shape> shapes(steps.size());
-    std::vector<Tensor> results(steps.size());
+    std::vector<Tensor> values = infer_steps(in, &shapes);
+    float *next = static_cast<float *>(out);
+    for (int result : results) {
+      values[result].data = next;
+      next += values[result].numel();
+    }
     std::vector<std::optional<Scratch>> memory(steps.size());
     for (size_t i = 0; i < steps.size(); ++i) {
-      results[i] = infer_step(i, in, results, &shapes[i]);
-      if (i + 1 == steps.size()) {
-        results[i].data = out;
-      } else {
-        results[i].data = memory[i].emplace(results[i].numel() * sizeof(float)).as<float>();
+      if (values[i].data == nullptr) {
+        values[i].data = memory[i].emplace(values[i].numel() * sizeof(float)).as<float>();
       }
+      const StepTimer timer(steps[i].name, shapes[i].back());
       try {
-        steps[i].op->run(arguments(i, in, results), results[i].data);
+        steps[i].op->run(arguments(i, in, values), values[i].data);
       } catch (const std::invalid_argument &error) {
         fail("step ", i, ", ", steps[i].name, ": ", error.what());
       }
@@ -105,20 +126,26 @@ struct SequenceOp {
   }
 
  private:
-  Inputs arguments(size_t i, const Inputs &in, const std::vector<Tensor> &results) const {
+  Inputs arguments(size_t i, const Inputs &in, const std::vector<Tensor> &values) const {
     std::vector<Tensor> tensors;
     for (const Operand &operand : steps[i].operands) {
       if (operand.kind == Operand::absent) tensors.emplace_back();
       if (operand.kind == Operand::input) tensors.push_back(in[operand.index]);
-      if (operand.kind == Operand::result) tensors.push_back(results[operand.index]);
+      if (operand.kind == Operand::result) tensors.push_back(values[operand.index]);
     }
     return Inputs(std::move(tensors));
   }
 
-  // The result of step i without its data; `shape` holds its dimensions.
-  Tensor infer_step(size_t i, const Inputs &in, const std::vector<Tensor> &results, Shape *shape) const {
+  // The steps' results without their data; `shapes` hold their dimensions.
+  std::vector<Tensor> infer_steps(const Inputs &in, std::vector<Shape> *shapes) const {
+    std::vector<Tensor> values(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) values[i] = infer_step(i, in, values, &(*shapes)[i]);
+    return values;
+  }
+
+  Tensor infer_step(size_t i, const Inputs &in, const std::vector<Tensor> &values, Shape *shape) const {
     try {
-      *shape = steps[i].op->infer(arguments(i, in, results));
+      *shape = steps[i].op->infer(arguments(i, in, values));
     } catch (const std::invalid_argument &error) {
       fail("step ", i, ", ", steps[i].name, ": ", error.what());
     }
@@ -139,7 +166,7 @@ struct Construction<SequenceOp> {
   static std::shared_ptr<const SequenceOp> create(const Attributes &attributes) {
     static std::mutex mutex;
     static std::map<std::string, std::weak_ptr<const SequenceOp>> parsed;
-    const std::string key = attributes.text("inputs") + '\n' + attributes.text("program");
+    const std::string key = attributes.text("inputs") + '\n' + attributes.text("results") + '\n' + attributes.text("program");
     const std::lock_guard<std::mutex> lock(mutex);
     std::shared_ptr<const SequenceOp> op = parsed[key].lock();
     if (op == nullptr) parsed[key] = op = std::make_shared<SequenceOp>(attributes);
