@@ -22,12 +22,16 @@ void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRo
     const Scratch sums_buffer(x.count * kBlock * sizeof(float));
     const Scratch partial_buffer(x.count * kTileRows * sizeof(Vec));
     float *sums = sums_buffer.as<float>();
+    const int64_t after = begin + num_threads() * (end - begin);  // where this thread is likely to go on
     for (int64_t block = begin; block < end; ++block) {
       const int64_t column = layout.column(block), count = layout.count(block);
+      const int64_t next = block + 1 < end ? block + 1 : after < layout.blocks ? after : block;
       for (int half = 0; half < (gated ? 2 : 1); ++half) {
+        const T *half_weight = weight + half * layout.width * args.k;
         for (int64_t i = 0; i < count; i += kTileRows) {
-          const T *rows = weight + (half * layout.width + column + i) * args.k;
-          const WeightTile<T> tile(rows, rows + kTileRows * args.k, 1, min64(kTileRows, count - i), args.k);
+          const int64_t next_row = i + kTileRows < count ? column + i + kTileRows : layout.column(next);
+          const WeightTile<T> tile(half_weight + (column + i) * args.k, half_weight + next_row * args.k, 1,
+                                   min64(kTileRows, count - i), args.k);
           multiply_tile(tile, x, partial_buffer.as<float>(), sums + half * kUp + i);
         }
       }

@@ -2,6 +2,7 @@
 #include "mla.h"
 
 #include "attention_tile.h"
+#include "mla_dot.h"
 #include "mla_rows.h"
 #include "rotary_head.h"
 
@@ -33,7 +34,7 @@ void write_tokens(const MlaWriteArgs &args) {
 
 // The latent part of one head's queries: out[i] += q_nope[i] W_k, rows of W_k taken kTileKeys at a time.
 template <class T>
-void absorb_head(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float *weights, float *converted) {
+void absorb_rows(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float *weights, float *converted) {
   const MlaInputs &in = *args.inputs;
   const int64_t padded = padded_head(in.lora), size = in.nope + in.rope;
   const T *keys = static_cast<const T *>(mla_head_weight(in, head));
@@ -65,6 +66,43 @@ void absorb_head(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float 
   }
 }
 
+#if defined(__AVX512BF16__)
+// As absorb_rows, by bf16 dot products: the queries are rounded, rows of W_k are taken in pairs.
+VLLM_MS_NOINLINE void absorb_pairs(const MlaAbsorbArgs &args, int64_t head, int64_t stride, bf16 *weights,
+                                      bf16 *values) {
+  const MlaInputs &in = *args.inputs;
+  const int64_t size = in.nope + in.rope;
+  const bf16 *keys = static_cast<const bf16 *>(mla_head_weight(in, head));
+  const void *rows[kTileKeys];
+  const char *ahead[kTileKeys];
+  float *out = args.out + head * padded_head(mla_row(in));
+  for (int64_t begin = 0; begin < in.nope; begin += kTileKeys) {
+    const int64_t count = min_of(kTileKeys, in.nope - begin), next = begin + kTileKeys;
+    for (int64_t j = 0; j < count; ++j) {
+      rows[j] = keys + (begin + j) * in.lora;
+      ahead[j] = reinterpret_cast<const char *>(keys + (next + j < in.nope ? next + j : begin + j) * in.lora);
+    }
+    pair_values(rows, count, in.lora, {ahead, 0, 2 * in.lora}, values);
+    for (int64_t i = 0; i < args.count; ++i) {
+      const float *query = in.step.query + args.tokens[i] * in.step.query_stride + head * size + begin;
+      convert(query, count, weights + i * kTileKeys);
+    }
+    accumulate_dot(out, stride, args.count, weights, values, count, in.lora);
+  }
+}
+
+#endif
+
+void absorb_head(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float *weights, float *converted) {
+  const MlaInputs &in = *args.inputs;
+#if defined(__AVX512BF16__)
+  if (expands_to_pairs(in) && in.lora % kPairs == 0 && in.nope % 2 == 0) {
+    return absorb_pairs(args, head, stride, reinterpret_cast<bf16 *>(weights), reinterpret_cast<bf16 *>(converted));
+  }
+#endif
+  VLLM_MS_DISPATCH_FLOAT(in.kv_b.dtype, T, { absorb_rows<T>(args, head, stride, weights, converted); })
+}
+
 }  // namespace
 
 void mla_write_tokens(const MlaWriteArgs &args) {
@@ -80,7 +118,7 @@ void mla_absorb(const MlaAbsorbArgs &args) {
     for (int64_t i = 0; i < args.count; ++i) {
       std::memset(args.out + i * stride + head * padded, 0, padded * sizeof(float));
     }
-    VLLM_MS_DISPATCH_FLOAT(in.kv_b.dtype, T, { absorb_head<T>(args, head, stride, weights, converted); })
+    absorb_head(args, head, stride, weights, converted);
     for (int64_t i = 0; i < args.count; ++i) {
       const float *q_pe = in.step.query + args.tokens[i] * in.step.query_stride + head * size + in.nope;
       if (in.step.query_transform != nullptr) {
