@@ -38,6 +38,7 @@ def test_the_process_stays_under_weights_kv_cache_and_the_stated_margins(probe):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_long_run_does_not_grow(probe):
     measured = probe(40)["measured"]
     assert max(measured[20:]) - max(measured[5:20]) < 8 << 20

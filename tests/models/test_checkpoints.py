@@ -177,7 +177,9 @@ def test_processes_that_write_at_once_share_one_whole_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_model_classes_in_plain_pytorch_equal_the_references():
     """Every tensor name, configuration field and formula, before any MindSpore is involved."""
-    dense = [name for name in FAMILIES if name not in {family.name for family in MOE_FAMILIES}]  # no experts in PyTorch
+    # vLLM's layers of experts and of latent attention have no plain PyTorch form
+    others = {family.name for family in MOE_FAMILIES}
+    dense = [name for name, family in FAMILIES.items() if name not in others and "Deepseek" not in family.architecture]
     run = subprocess.run(
         [sys.executable, "-m", "tests.models.eager", *dense], cwd=ROOT, capture_output=True, text=True, timeout=500
     )

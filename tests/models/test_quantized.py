@@ -18,5 +18,10 @@ def test_int8_stays_close_to_hugging_face(name):
     with engine(name, max_logprobs=-1, quantization="mindspore_int8") as llm:
         found = prompt_logprobs(llm, IDS, expected.shape[-1])
         operators = [graph["operators"] for graph in statistics(llm).values()]
-    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.01
-    assert ["vllm_ms.linear.default" in graph for graph in operators] == [False, name in EXACT_HEADS]
+    divergence = (expected.exp() * (expected - found)).sum(-1)
+    # random routers choose between near equals: where one chooses another expert, that token's distribution is another
+    routed = "vllm_ms.moe_route.default" in operators[0]
+    assert (divergence.median() if routed else divergence.mean()) < 0.01
+    assert "vllm_ms.linear_int8.default" in operators[0]
+    exact = name in EXACT_HEADS or routed  # routers stay exact
+    assert ["vllm_ms.linear.default" in graph for graph in operators] == [exact, name in EXACT_HEADS]
