@@ -108,7 +108,7 @@ void load_queries(const Task &t) {
 #elif defined(VLLM_MS_ATTENTION_BF16)
   if (!fits_bf16(t.in.cache)) return;
   for (int64_t row = 0; row < t.rows; ++row) {
-    round_query(t.work.query + row * t.padded, size, t.work.query_tiles + row * size);
+    split_query(t.work.query + row * t.padded, size, t.work.query_tiles + 2 * row * size);
   }
 #endif
 }
@@ -302,12 +302,12 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
 // As attend, for a cache that fits_bf16.
 VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head) {
   const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
-  const bf16 *queries = t.work.query_tiles + first * size;
+  const bf16 *queries = t.work.query_tiles + 2 * first * size;
   float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
   bf16 *weights = t.work.weights + first * kTileKeys;
   const KeyRange *ranges = t.work.ranges;
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    score_pairs<R.value>(queries + row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
+    score_pairs<R.value, 2>(queries + 2 * row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
                              scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
   });
   for (int64_t row = 0; row < t.rows_per_head; ++row) {

@@ -1,5 +1,5 @@
-// attention.cc's products over one tile of keys by bf16 dot products, for a bf16 cache. Queries and
-// weights are rounded to bf16, as keys and values are; sums are float.
+// attention.cc's products over one tile of keys by bf16 dot products, for a bf16 cache. A query is split into a bf16 and
+// the bf16 nearest to what it leaves out, 16 bits together; weights are rounded to bf16, as the values are.
 //
 // The accumulator's dimensions are in the order that interleaving two values leaves them in: see unpaired(). A row's
 // numbers do not depend on the rows beside it.
@@ -18,8 +18,13 @@ VLLM_MS_INLINE bool fits_bf16(const KvCache &cache) {
   return cache.dtype == DType::bf16 && cache.head_size % kPairs == 0;
 }
 
-VLLM_MS_INLINE void round_query(const float *query, int64_t size, bf16 *out) {
-  for (int64_t d = 0; d < size; d += kLanes) store_rounded(out + d, load(query + d));
+// A float query of `size` elements to its high half, then its low.
+VLLM_MS_INLINE void split_query(const float *query, int64_t size, bf16 *out) {
+  for (int64_t d = 0; d < size; d += kLanes) {
+    const Vec v = load(query + d);
+    store_rounded(out + d, v);
+    store_rounded(out + size + d, v - widen(out + d));
+  }
 }
 
 // accumulator[r] += weights[r, j] * value[j] for j in [begin, end) and N vectors of dimensions from `offset` on; both

@@ -26,7 +26,7 @@ VLLM_MS_INLINE void score_dot(const bf16 *query, int64_t size, int64_t rows, con
                               float *scores) {
   for (int64_t j = 0; j < end; j += kLanes) {
     for_row_groups(rows, [&](auto R, int64_t row) {
-      score_pairs<R.value>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys, {nullptr, 0, 0});
+      score_pairs<R.value, 1>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys, {nullptr, 0, 0});
     });
   }
 }
