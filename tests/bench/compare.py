@@ -32,11 +32,13 @@ class Engine:
     """A child process; `seconds` collects what its phases took, by name."""
 
     def __init__(self, python: str, model: Path, options: dict, env: dict[str, str]):
-        command = [python, str(ENGINE), str(model), json.dumps(options)]
+        # -P: modules of this folder must not hide others of their name
+        command = [python, "-P", str(ENGINE), str(model), json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
         )
-        self.bytes, self.seconds = 0, {START: self._answer()}
+        self.bytes = 0
+        self.seconds = {START: self._answer()}
 
     def _answer(self) -> list[float]:
         line = self.process.stdout.readline()
