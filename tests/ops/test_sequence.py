@@ -1,9 +1,12 @@
 """Several operators as one: the same bits as one after the other, in both of MindSpore's modes, and clear errors."""
 
+import ctypes
+
 import mindspore as ms
 import numpy as np
 import pytest
 
+from vllm_mindspore.ops import build as library_build
 from vllm_mindspore.ops.cpu import Recorder, sequence
 from vllm_mindspore.ops.registry import build
 
@@ -121,3 +124,19 @@ def test_a_recorder_checks_its_calls():
         run("linear", "x", None, norm="", eps=0.0, norm_offset=0.0, activation="")
     with pytest.raises(TypeError, match="attributes .* given, schema"):
         run("activation", "x", kind="silu")
+
+
+def test_operators_are_timed_when_asked():
+    x, w = tensor(np.ones((2, 5), np.float32)), tensor(np.ones((3, 5), np.float32))
+    step = sequence("x w", f"y = linear x w - - - - {PLAIN}\nz = activation y activation=relu")
+    library, text = library_build.load(), ctypes.create_string_buffer(1 << 12)
+    step(x, w).asnumpy()
+    library.vllm_ms_measure_steps(1)
+    for _ in range(3):
+        step(x, w).asnumpy()
+    library.vllm_ms_measure_steps(0)
+    step(x, w).asnumpy()
+    library.vllm_ms_step_times(text, len(text))
+    found = {tuple(line.split()[:3]): int(line.split()[3]) for line in text.value.decode().splitlines()}
+    assert found.keys() == {("activation", "3", "3"), ("linear", "3", "3")}, "three calls, of the measured time only"
+    assert all(nanoseconds > 0 for nanoseconds in found.values())
