@@ -71,6 +71,7 @@ def draw(points: dict[int, float], what: str, file: Path) -> None:
     axes.set_ylim(bottom=None if what == "context" else 0)
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
 
 
