@@ -96,11 +96,14 @@ class RecordedWriter(NetworkWriter):
 
     def results(self, layers: list[Segment]) -> list[Node]:
         """What the recorded operator returns: the graph's results in their order, or its own last one."""
-        part = [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
+        part = self._recorded(layers)
         return part[-1:] if leaving(part) == part[-1:] else list(self.captured.results)
 
+    def _recorded(self, layers: list[Segment]) -> list[Node]:
+        return [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
+
     def _recorded_inputs(self, layers: list[Segment]) -> list[Node]:
-        nodes = [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
+        nodes = self._recorded(layers)
         inside, found = set(nodes), {}
         for node in nodes:
             for operand in node.all_input_nodes:
