@@ -43,7 +43,9 @@ test-slow: setup-test
 SHAPES ?= qwen3-0.6b dsv3-mini qwen3moe-mini
 
 bench: setup-test
-	@for shape in $(SHAPES); do $(VENV)/bin/python -m tests.bench.compare $$shape $(ARGS) || exit 1; done
+	@for shape in $(SHAPES); do \
+	  $(VENV)/bin/python -m tests.bench.compare $$shape $(ARGS) || exit 1; \
+	  $(VENV)/bin/python -m tests.bench.serve $$shape || exit 1; done
 
 bench-step: setup-test
 	@for shape in $(SHAPES); do $(VENV)/bin/python -m tests.bench.step $$shape $(ARGS) || exit 1; done
@@ -53,8 +55,8 @@ bench-growth: setup-test
 	  $(VENV)/bin/python -m tests.bench.growth qwen3-0.6b $$what --figure docs/figures/$$what.svg || exit 1; done
 
 bench-kernels: setup-test
-	@$(VENV)/bin/python tests/bench/kernels.py $(ARGS)
-	@$(VENV)/bin/python tests/bench/sampling.py
+	@$(VENV)/bin/python -m tests.bench.kernels $(ARGS)
+	@$(VENV)/bin/python -m tests.bench.sampling
 
 support-table: setup-test
 	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest -m '' tests/models/test_parity.py $(ARGS)

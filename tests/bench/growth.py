@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.bench import shapes
+from tests.bench.figures import save
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 CONTEXTS = (128, 255, 257, 511, 513, 1023, 1025, 2047, 2049, 4095, 4097, 8191, 8193, 16384, 32768)
@@ -56,9 +57,6 @@ def by_layers(model: str) -> dict[int, float]:
 
 
 def draw(points: dict[int, float], what: str, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
@@ -69,10 +67,7 @@ def draw(points: dict[int, float], what: str, file: Path) -> None:
     axes.set_xlabel({"batch": "requests", "context": "tokens of context", "layers": "layers"}[what])
     axes.set_ylabel("attention of a layer, ms" if what == "context" else "decode step, ms")
     axes.set_ylim(bottom=None if what == "context" else 0)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, axes, file)
 
 
 def main() -> None:

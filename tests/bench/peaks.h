@@ -62,20 +62,16 @@ inline double multiply_bf16() {
 #elif defined(__AVX512BF16__)
 constexpr const char *kProducts = "bf16 dot products";
 inline double multiply_bf16() {
-  __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+  __m512 sums[8];
+  for (int j = 0; j < 8; ++j) sums[j] = _mm512_set1_ps(j);  // others each, else the compiler makes them one
   __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3c003c00));
   for (int64_t i = 0; i < kProductRounds; ++i) {
-    s0 = _mm512_dpbf16_ps(s0, a, a);
-    s1 = _mm512_dpbf16_ps(s1, a, a);
-    s2 = _mm512_dpbf16_ps(s2, a, a);
-    s3 = _mm512_dpbf16_ps(s3, a, a);
-    s4 = _mm512_dpbf16_ps(s4, a, a);
-    s5 = _mm512_dpbf16_ps(s5, a, a);
-    s6 = _mm512_dpbf16_ps(s6, a, a);
-    s7 = _mm512_dpbf16_ps(s7, a, a);
+    for (int j = 0; j < 8; ++j) sums[j] = _mm512_dpbf16_ps(sums[j], a, a);
     asm volatile("" : "+v"(a));
   }
-  sink = static_cast<int64_t>(_mm512_reduce_add_ps(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7));
+  __m512 total = _mm512_setzero_ps();
+  for (int j = 0; j < 8; ++j) total += sums[j];
+  sink = static_cast<int64_t>(_mm512_reduce_add_ps(total));
   return kProductRounds * 8.0 * 2 * 32;
 }
 #else
@@ -89,13 +85,14 @@ inline double multiply_bf16() {
   constexpr int kWidth = 4;
 #endif
   typedef float Vec __attribute__((vector_size(4 * kWidth)));
-  Vec sums[10] = {}, a = Vec{} + 0.5f, b = Vec{} + 1e-9f;
+  Vec sums[10], a = Vec{} + 0.5f, b = Vec{} + 1e-9f;
+  for (int j = 0; j < 10; ++j) sums[j] = Vec{} + 1.0f * j;  // others each, else the compiler makes them one
   for (int64_t i = 0; i < kProductRounds; ++i) {
-    for (Vec &sum : sums) sum = sum * a + b;
-    asm volatile("" : "+m"(a));
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) sums[j] = sums[j] * a + b;
   }
   float total = 0;
-  for (const Vec &sum : sums) total += sum[0];
+  for (int j = 0; j < 10; ++j) total += sums[j][0];
   sink = static_cast<int64_t>(total);
   return kProductRounds * 10.0 * 2 * kWidth;
 }

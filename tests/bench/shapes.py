@@ -1,6 +1,6 @@
 """The shapes that speed is measured on: random bf16 weights in real architectures, written once.
 
-    python -m tests.bench.shapes NAME...     prints the folder of each
+python -m tests.bench.shapes NAME...     prints the folder of each
 """
 
 import json

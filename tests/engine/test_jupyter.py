@@ -1,6 +1,5 @@
 """`LLM(...)` in a Jupyter kernel with vLLM's defaults: the engine is a process of its own, started from a notebook."""
 
-
 import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient

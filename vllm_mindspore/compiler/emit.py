@@ -65,13 +65,11 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     inputs = captured.placeholders
     stored_nodes = {node: stored[item.name] for node, item in inputs.items() if item.kind in ("weight", "constant")}
     before, layers, after = find_layers(captured, stored_nodes)
-    packed = False
     recorded = recorded_part(before, layers, after, captured.results) if device == "cpu" else None
     if recorded is None:
         writer = NetworkWriter(captured, stored_nodes, group=device == "cpu")
     else:
-        writer = RecordedWriter(captured, stored_nodes, *recorded)
-        packed = len(writer.results(layers)) > 1
+        writer = RecordedWriter(captured, stored_nodes, recorded)
     classes = writer.layer_classes(layers)
     body = writer.network(before, layers, after)
     source = "\n".join([HEADER.format(title=title, device=device, imports=IMPORTS[device]), *classes, body])
@@ -81,6 +79,7 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
         operator_name(node.target) for node in [*before, *after, *(n for layer in layers for n in layer.nodes)]
     )
     outputs = tuple(_known_shape(node) for node in captured.results)
+    packed = recorded is not None and len(recorded.results) > 1
     return EmittedGraph(captured.name, source, weights, step_inputs, outputs, packed, len(classes), dict(operators))
 
 

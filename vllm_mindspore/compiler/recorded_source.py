@@ -4,6 +4,8 @@ MindSpore's runtime costs more per operator than a small one takes, so a step on
 like `network_source`'s, with a class per kind of layer.
 """
 
+from dataclasses import dataclass
+
 from torch.fx import Node
 
 from vllm_mindspore.compiler.capture import CapturedGraph
@@ -12,10 +14,17 @@ from vllm_mindspore.compiler.network_source import Block, NetworkWriter, OwnCall
 from vllm_mindspore.compiler.segments import Segment
 
 
-def recorded_part(
-    before: list[Node], layers: list[Segment], after: list[Node], results: list[Node]
-) -> tuple[list[Node], list[Node]] | None:
-    """The nodes recorded together with all layers: (last of `before`, first of `after`).
+@dataclass(frozen=True)
+class Recorded:
+    """What is recorded into one operator: `first`, all layers, `last`; and what that operator returns."""
+
+    first: list[Node]
+    last: list[Node]
+    results: list[Node]
+
+
+def recorded_part(before: list[Node], layers: list[Segment], after: list[Node], results: list[Node]) -> Recorded | None:
+    """The last nodes of `before` and the first of `after` that can be recorded together with all layers.
 
     Of what is recorded only the last result may be used elsewhere, unless it gives all `results` of the graph. None
     when there are no layers, or when they contain anything but operators of ours.
@@ -30,18 +39,20 @@ def recorded_part(
         end += 1
     for last in range(end, -1, -1):
         part = [*before[begin:], *inside, *after[:last]]
-        if leaving(part) == part[-1:] or (last == len(after) and set(leaving(part)) == set(results)):
-            return before[begin:], after[:last]
+        if leaving(part) == part[-1:]:
+            return Recorded(before[begin:], after[:last], part[-1:])
+        if last == len(after) and set(leaving(part)) == set(results):
+            return Recorded(before[begin:], after, list(results))
     return None
 
 
 class RecordedWriter(NetworkWriter):
     """A network of one recorded operator and what comes before and after it."""
 
-    def __init__(self, captured: CapturedGraph, stored: dict, first: list[Node], last: list[Node]):
-        """first, last: from `recorded_part`."""
+    def __init__(self, captured: CapturedGraph, stored: dict, recorded: Recorded):
+        """recorded: from `recorded_part`."""
         super().__init__(captured, stored, group=True)
-        self.first, self.last = first, last
+        self.recorded = recorded
 
     def record(self, names: dict[Node, str], node: Node, result: str) -> str:
         """The line that records one operator."""
@@ -65,7 +76,8 @@ class RecordedWriter(NetworkWriter):
         """The source of the class `Network`."""
         block, recorded = Block(), Block()
         arguments = self._arguments(block)
-        before, after = before[: len(before) - len(self.first)], after[len(self.last) :]
+        first, last, results = self.recorded.first, self.recorded.last, self.recorded.results
+        before, after = before[: len(before) - len(first)], after[len(last) :]
         self._network_weights(block, [*before, *after])
         self.write_all(block, before)
         inputs = self._recorded_inputs(layers)
@@ -73,13 +85,12 @@ class RecordedWriter(NetworkWriter):
         block.init.append("run = Recorder()")
         for node in self.stored:
             recorded.names[node] = f'weights["{self.inputs[node].name}"]'
-        for node in self.first:
+        for node in first:
             self._record_here(block, recorded, node)
         for layer in layers:
             self._layer_call(block, recorded, layer)
-        for node in self.last:
+        for node in last:
             self._record_here(block, recorded, node)
-        results = self.results(layers)
         names = [block.names[node] for node in inputs]
         operators, weights = block.fresh("operators"), block.fresh("weights")
         returned = "".join(f", {recorded.names[node]}" for node in results)
@@ -94,16 +105,8 @@ class RecordedWriter(NetworkWriter):
             block.body.append("return " + ", ".join(block.names[item] for item in self.captured.results))
         return class_source("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
 
-    def results(self, layers: list[Segment]) -> list[Node]:
-        """What the recorded operator returns: the graph's results in their order, or its own last one."""
-        part = self._recorded(layers)
-        return part[-1:] if leaving(part) == part[-1:] else list(self.captured.results)
-
-    def _recorded(self, layers: list[Segment]) -> list[Node]:
-        return [*self.first, *(node for layer in layers for node in layer.nodes), *self.last]
-
     def _recorded_inputs(self, layers: list[Segment]) -> list[Node]:
-        nodes = self._recorded(layers)
+        nodes = [*self.recorded.first, *(node for layer in layers for node in layer.nodes), *self.recorded.last]
         inside, found = set(nodes), {}
         for node in nodes:
             for operand in node.all_input_nodes:

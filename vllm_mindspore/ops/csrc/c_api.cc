@@ -1,4 +1,5 @@
 // What Python asks the library through ctypes.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -6,6 +7,7 @@
 #include "isa.h"
 #include "kernels/quantized_weight.h"
 #include "kernels/sample.h"
+#include "launch_addresses.h"
 #include "parallel.h"
 #include "step_times.h"
 
@@ -47,4 +49,15 @@ VLLM_MS_EXPORT void vllm_ms_sample_rows(const float *logits, int64_t rows, int64
 VLLM_MS_EXPORT void vllm_ms_measure_steps(int on) { vllm_ms::measure_steps(on != 0); }
 VLLM_MS_EXPORT void vllm_ms_step_times(char *text, int size) {
   std::snprintf(text, size, "%s", vllm_ms::step_times().c_str());
+}
+
+// See parallel.h.
+VLLM_MS_EXPORT int64_t vllm_ms_scratch_allocations() { return vllm_ms::scratch_allocations(); }
+
+// See launch_addresses.h: begin (1) or stop (0) to note them, and read the last ones; returns how many there are.
+VLLM_MS_EXPORT void vllm_ms_watch_addresses(int on) { vllm_ms::watch_addresses(on != 0); }
+VLLM_MS_EXPORT int vllm_ms_launch_addresses(int64_t *out, int size) {
+  const std::vector<int64_t> found = vllm_ms::launch_addresses();
+  std::copy_n(found.begin(), std::min<size_t>(size, found.size()), out);
+  return static_cast<int>(found.size());
 }

@@ -263,6 +263,7 @@ Pool &pool() {
 
 constexpr int64_t kScratchAlignment = 64;
 constexpr int64_t kMaxFreeBytes = 128 << 20;  // kept between operators
+std::atomic<int64_t> allocations{0};
 constexpr int64_t kLargePage = 2 << 20;       // buffers of this size and more are mapped, in large pages if there are any
 
 // Few sizes, a quarter apart, so that a buffer of one step serves the next one of slightly other shapes.
@@ -274,6 +275,7 @@ int64_t round_up_size(int64_t bytes) {
 }
 
 void *allocate(int64_t bytes) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
   if (bytes < kLargePage) return std::aligned_alloc(kScratchAlignment, bytes);
   void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return nullptr;
@@ -314,6 +316,8 @@ void parallel_for_impl(int64_t n, int64_t grain, ParallelBody body, void *contex
   }
   body(context, 0, n);
 }
+
+int64_t scratch_allocations() { return allocations.load(std::memory_order_relaxed); }
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {
   bytes = round_up_size(std::max(bytes, kScratchAlignment));

@@ -29,6 +29,9 @@ void parallel_for(int64_t n, int64_t grain, F &&f) {
       const_cast<void *>(static_cast<const void *>(&f)));
 }
 
+// Buffers that Scratch had to take from the system so far: in steady work their number stays.
+int64_t scratch_allocations();
+
 // Temporary memory, 64-byte aligned, uninitialised; taken from and returned to a free list of the process, so that
 // buffers are reused between operators whatever thread runs them.
 class Scratch {

@@ -132,6 +132,29 @@ VLLM_MS_INLINE void store_n(T *p, Vec v, int64_t n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+// All lanes, or only the first n of them.
+template <class T>
+VLLM_MS_INLINE Vec load_part(const T *p, int64_t n) {
+  return n < kLanes ? load_n(p, n) : load(p);
+}
+
+template <class T>
+VLLM_MS_INLINE void store_part(T *p, Vec v, int64_t n) {
+  if (n < kLanes) {
+    store_n(p, v, n);
+  } else {
+    store(p, v);
+  }
+}
+
+// `size` floats to another type.
+template <class T>
+VLLM_MS_INLINE void convert(const float *x, int64_t size, T *out) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
+  if (i < size) store_n(out + i, load_n(x + i, size - i), size - i);
+}
+
 // Sum of the lanes, always added in the same order: lane i to lane i + kLanes/2, and so on.
 VLLM_MS_INLINE float hsum(Vec v) {
 #if defined(__AVX512F__)

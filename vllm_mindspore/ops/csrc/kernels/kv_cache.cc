@@ -7,13 +7,6 @@ namespace VLLM_MS_ISA {
 namespace {
 
 template <class T>
-VLLM_MS_INLINE void convert(const float *x, int64_t size, T *out) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
-  if (i < size) store_n(out + i, load_n(x + i, size - i), size - i);
-}
-
-template <class T>
 void write_tokens(const KvWriteArgs &args) {
   const int64_t size = args.cache.head_size, heads = args.cache.num_kv_heads;
   for (int64_t token = args.begin; token < args.end; ++token) {

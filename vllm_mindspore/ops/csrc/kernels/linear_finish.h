@@ -57,13 +57,8 @@ VLLM_MS_INLINE void finish_block(const LinearArgs &args, int64_t first_token, in
           v *= up;
         }
         const int64_t n = min64(kLanes, count - i);
-        if (n == kLanes) {
-          if (args.residual != nullptr) v += load(args.residual + offset + i);
-          store(args.out + offset + i, v);
-        } else {
-          if (args.residual != nullptr) v += load_n(args.residual + offset + i, n);
-          store_n(args.out + offset + i, v, n);
-        }
+        if (args.residual != nullptr) v += load_part(args.residual + offset + i, n);
+        store_part(args.out + offset + i, v, n);
       }
     }
   });

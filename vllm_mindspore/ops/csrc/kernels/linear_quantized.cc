@@ -60,11 +60,7 @@ void pack_tokens(const LinearArgs &args, int64_t first, int32_t zero_point, cons
     float *row = scratch.as<float>();
     for (int64_t t = begin; t < end; ++t) {
       normalise_row(norm, args.x + (first + t) * args.k, [row](int64_t i, Vec v, int64_t n) {
-        if (n == kLanes) {
-          store(row + i, v);
-        } else {
-          store_n(row + i, v, n);
-        }
+        store_part(row + i, v, n);
       });
       std::memset(row + args.k, 0, (padded - args.k) * sizeof(float));
       for (int64_t group = 0; group < out.groups; ++group) {

@@ -25,13 +25,6 @@ VLLM_MS_INLINE void find_slots(const MlaInputs &in, int64_t request, int64_t beg
   }
 }
 
-template <class T>
-VLLM_MS_INLINE void convert(const float *x, int64_t size, T *out) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
-  if (i < size) store_n(out + i, load_n(x + i, size - i), size - i);
-}
-
 // To whole vectors: writes up to kLanes - 1 zeros behind `size` floats.
 template <class T>
 VLLM_MS_INLINE void convert_row(const T *row, int64_t size, float *out) {

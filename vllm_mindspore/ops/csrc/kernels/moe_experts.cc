@@ -89,15 +89,6 @@ VLLM_MS_INLINE float value_at(const Weight &weight, int64_t i) {
   return value;
 }
 
-template <class T>
-VLLM_MS_INLINE void store_part(T *out, Vec v, int64_t n) {
-  if (n < kLanes) {
-    store_n(out, v, n);
-  } else {
-    store(out, v);
-  }
-}
-
 // Activation of the first product's sums.
 template <Activation::Kind kind>
 VLLM_MS_INLINE Vec activate_sums(const MoeExpertsArgs &args, Vec gate, Vec up) {
@@ -150,11 +141,7 @@ VLLM_MS_INLINE void add_results(const MoeExpertsArgs &args, const MoePlan &plan,
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vec v = load(sums + t * kBlock + i) + load(bias + i);
       const int64_t n = min64(kLanes, count - i);
-      if (n == kLanes) {
-        store(row + i, fma(weight, v, load(row + i)));
-      } else {
-        store_n(row + i, fma(weight, v, load_n(row + i, n)), n);
-      }
+      store_part(row + i, fma(weight, v, load_part(row + i, n)), n);
     }
   }
 }

@@ -14,16 +14,6 @@ constexpr float kSmallestSum = 1e-20f;
 
 VLLM_MS_INLINE int64_t padded_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-VLLM_MS_INLINE Vec load_part(const float *p, int64_t n) { return n < kLanes ? load_n(p, n) : load(p); }
-
-VLLM_MS_INLINE void store_part(float *p, Vec v, int64_t n) {
-  if (n < kLanes) {
-    store_n(p, v, n);
-  } else {
-    store(p, v);
-  }
-}
-
 // The scores of one row; those up to a whole vector become 0.
 void score(const MoeRouteArgs &args, const float *logits, int64_t padded, float *scores) {
   std::memset(scores + padded - kLanes, 0, kLanes * sizeof(float));

@@ -12,13 +12,7 @@ void norm_rows(const NormArgs &args) {
   parallel_for(args.rows, grain, [&args](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float *out = args.out + r * args.width;
-      normalise_row(args, args.x + r * args.width, [out](int64_t i, Vec v, int64_t n) {
-        if (n == kLanes) {
-          store(out + i, v);
-        } else {
-          store_n(out + i, v, n);
-        }
-      });
+      normalise_row(args, args.x + r * args.width, [out](int64_t i, Vec v, int64_t n) { store_part(out + i, v, n); });
     }
   });
 }

@@ -43,11 +43,7 @@ void pack_rows(const NormArgs &norm, int64_t stride, X *packed, Scale scale) {
       X *out = packed + r * stride;
       const float factor = scale(r);
       normalise_row(norm, norm.x + r * norm.width, [out, factor](int64_t i, Vec v, int64_t n) {
-        if (n == kLanes) {
-          store(out + i, v * factor);
-        } else {
-          store_n(out + i, v * factor, n);
-        }
+        store_part(out + i, v * factor, n);
       });
       std::memset(out + norm.width, 0, (stride - norm.width) * sizeof(X));
     }

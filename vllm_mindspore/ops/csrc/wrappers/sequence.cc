@@ -1,10 +1,12 @@
-// Several operators of one layer as one operator of MindSpore: what passes between them stays in memory of ours, and the
-// runtime's work per operator is paid once.
+// Several operators as one operator of MindSpore, on a CPU all of a step: what passes between them stays in memory of
+// ours, and the runtime's work per operator is paid once.
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <optional>
 
 #include "../aot.h"
+#include "../launch_addresses.h"
 #include "../parallel.h"
 #include "../step_times.h"
 
@@ -53,6 +55,24 @@ SequenceStep parse_step(const std::string &line, const Names &known) {
   return step;
 }
 
+// The shapes of all steps' results for the inputs' shapes. Kept from launch to launch: most have the shapes of the one
+// before, and MindSpore asks for the result's more than once.
+struct SequenceShapes {
+  std::vector<Shape> inputs, steps;
+  std::vector<Tensor> values;  // the steps' results without data
+  Shape result;
+
+  bool fit(const Inputs &in) const {
+    for (int i = 0; i < in.size(); ++i) {
+      const Tensor &t = in[i];
+      if (static_cast<size_t>(t.rank) != inputs[i].size() || !std::equal(t.dims, t.dims + t.rank, inputs[i].begin())) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
 // The result is that of one step, or those of several, one after the other in one vector: MindSpore's runtime would make
 // an operator of its own for what follows the first.
 struct SequenceOp {
@@ -89,22 +109,12 @@ struct SequenceOp {
     }
   }
 
-  Shape infer(const Inputs &in) const {
-    std::vector<Shape> shapes(steps.size());
-    const std::vector<Tensor> values = infer_steps(in, &shapes);
-    if (results.size() == 1) return shapes[results[0]];
-    int64_t total = 0;
-    for (int result : results) {
-      const Shape &shape = shapes[result];
-      if (std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; })) return {-1};
-      total += values[result].numel();
-    }
-    return {total};
-  }
+  Shape infer(const Inputs &in) const { return shapes_of(in)->result; }
 
   void run(const Inputs &in, void *out) const {
-    std::vector<Shape> shapes(steps.size());
-    std::vector<Tensor> values = infer_steps(in, &shapes);
+    if (addresses_watched()) note_addresses(addresses(in, out));
+    const std::shared_ptr<const SequenceShapes> shapes = shapes_of(in);
+    std::vector<Tensor> values = shapes->values;
     float *next = static_cast<float *>(out);
     for (int result : results) {
       values[result].data = next;
@@ -115,7 +125,7 @@ struct SequenceOp {
       if (values[i].data == nullptr) {
         values[i].data = memory[i].emplace(values[i].numel() * sizeof(float)).as<float>();
       }
-      const StepTimer timer(steps[i].name, shapes[i].back());
+      const StepTimer timer(steps[i].name, shapes->steps[i].back());
       try {
         steps[i].op->run(arguments(i, in, values), values[i].data);
       } catch (const std::invalid_argument &error) {
@@ -126,6 +136,13 @@ struct SequenceOp {
   }
 
  private:
+  static std::vector<int64_t> addresses(const Inputs &in, void *out) {
+    std::vector<int64_t> found;
+    for (int i = 0; i < in.size(); ++i) found.push_back(reinterpret_cast<int64_t>(in[i].data));
+    found.push_back(reinterpret_cast<int64_t>(out));
+    return found;
+  }
+
   Inputs arguments(size_t i, const Inputs &in, const std::vector<Tensor> &values) const {
     std::vector<Tensor> tensors;
     for (const Operand &operand : steps[i].operands) {
@@ -136,11 +153,34 @@ struct SequenceOp {
     return Inputs(std::move(tensors));
   }
 
-  // The steps' results without their data; `shapes` hold their dimensions.
-  std::vector<Tensor> infer_steps(const Inputs &in, std::vector<Shape> *shapes) const {
-    std::vector<Tensor> values(steps.size());
-    for (size_t i = 0; i < steps.size(); ++i) values[i] = infer_step(i, in, values, &(*shapes)[i]);
-    return values;
+  std::shared_ptr<const SequenceShapes> shapes_of(const Inputs &in) const {
+    std::shared_ptr<const SequenceShapes> known = std::atomic_load(&last_shapes_);
+    if (known == nullptr || !known->fit(in)) {
+      known = infer_steps(in);
+      std::atomic_store(&last_shapes_, known);
+    }
+    return known;
+  }
+
+  std::shared_ptr<const SequenceShapes> infer_steps(const Inputs &in) const {
+    const auto found = std::make_shared<SequenceShapes>();
+    for (int i = 0; i < in.size(); ++i) found->inputs.push_back(in[i].shape());
+    found->steps.resize(steps.size());
+    found->values.resize(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) found->values[i] = infer_step(i, in, found->values, &found->steps[i]);
+    found->result = results.size() == 1 ? found->steps[results[0]] : Shape{total(*found)};
+    return found;
+  }
+
+  // Elements of all results, -1: not known.
+  int64_t total(const SequenceShapes &shapes) const {
+    int64_t total = 0;
+    for (int result : results) {
+      const Shape &shape = shapes.steps[result];
+      if (std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; })) return -1;
+      total += shapes.values[result].numel();
+    }
+    return total;
   }
 
   Tensor infer_step(size_t i, const Inputs &in, const std::vector<Tensor> &values, Shape *shape) const {
@@ -156,6 +196,8 @@ struct SequenceOp {
     result.dims = shape->data();
     return result;
   }
+
+  mutable std::shared_ptr<const SequenceShapes> last_shapes_;
 };
 
 }  // namespace
@@ -166,7 +208,8 @@ struct Construction<SequenceOp> {
   static std::shared_ptr<const SequenceOp> create(const Attributes &attributes) {
     static std::mutex mutex;
     static std::map<std::string, std::weak_ptr<const SequenceOp>> parsed;
-    const std::string key = attributes.text("inputs") + '\n' + attributes.text("results") + '\n' + attributes.text("program");
+    const std::string names = attributes.text("inputs") + '\n' + attributes.text("results");
+    const std::string key = names + '\n' + attributes.text("program");
     const std::lock_guard<std::mutex> lock(mutex);
     std::shared_ptr<const SequenceOp> op = parsed[key].lock();
     if (op == nullptr) parsed[key] = op = std::make_shared<SequenceOp>(attributes);
