@@ -139,17 +139,18 @@ class Absorbed {
     parallel_for(workers, 1, [&](int64_t, int64_t) {
       const Scratch workspace(mla_workspace(in_, std::min(heads_, kMaxHeads)) * sizeof(float));
       for (int64_t i; (i = next_job.fetch_add(1)) < num_jobs;) {
-        run_task(&mla_attend, jobs[i].task, workspace);
+        run_task(&mla_attend, jobs[i].task, jobs[std::min(i + workers, num_jobs - 1)].task, workspace);
         Group *group = jobs[i].group;
         if (group != nullptr && group->unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-          run_task(&mla_merge, group->whole, workspace);
+          run_task(&mla_merge, group->whole, group->whole, workspace);
         }
       }
     });
   }
 
-  void run_task(void (*kernel)(const MlaTaskArgs &), const MlaTask &task, const Scratch &workspace) const {
-    kernel({&in_, &task, latent_queries_.as<float>(), sums_.as<float>(), count_, workspace.as<float>()});
+  void run_task(void (*kernel)(const MlaTaskArgs &), const MlaTask &task, const MlaTask &next,
+                const Scratch &workspace) const {
+    kernel({&in_, &task, &next, latent_queries_.as<float>(), sums_.as<float>(), count_, workspace.as<float>()});
   }
 
   // The sums of latents to values: a small product per head.

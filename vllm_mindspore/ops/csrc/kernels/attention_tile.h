@@ -90,6 +90,8 @@ VLLM_MS_INLINE Vec widen(const bf16 *p) {
 #endif
 }
 
+constexpr int64_t kLine = 64;  // bytes that a prefetch brings
+
 // Memory that will be read soon: `bytes` from rows[j] + offset, one j for each key that is worked on meanwhile.
 struct Ahead {
   const char *const *rows;
@@ -97,7 +99,9 @@ struct Ahead {
 };
 
 VLLM_MS_INLINE void prefetch(const Ahead &ahead, int64_t j) {
-  for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(ahead.rows[j] + ahead.offset + byte, 0, 2);
+  for (int64_t byte = 0; byte < ahead.bytes; byte += kLine) {
+    __builtin_prefetch(ahead.rows[j] + ahead.offset + byte, 0, 2);
+  }
 }
 
 // scores[r, j] = query[r] . key[j] for j in [begin, end), and for other j of the tile as it comes. R rows by K keys are

@@ -10,7 +10,8 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kDirectTokens = 8;  // more tokens than this read a weight's rows through a float copy
+constexpr int64_t kDirectTokens = 8;    // more tokens than this read a weight's rows through a float copy
+constexpr int64_t kStreamedTokens = 2;  // more tokens than this read them through a copy in pairs
 
 template <class T>
 void write_tokens(const MlaWriteArgs &args) {
@@ -67,9 +68,42 @@ void absorb_rows(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float 
 }
 
 #if defined(__AVX512BF16__)
+// As absorb_pairs for few tokens: rows go straight from memory to the sums, which stay in the first-level cache.
+VLLM_MS_NOINLINE void absorb_streamed(const MlaAbsorbArgs &args, int64_t head, int64_t stride) {
+  const MlaInputs &in = *args.inputs;
+  constexpr int64_t kAhead = 8;  // rows
+  const int64_t size = in.nope + in.rope;
+  const bf16 *keys = static_cast<const bf16 *>(mla_head_weight(in, head));
+  float *out = args.out + head * padded_head(mla_row(in));
+  const Pairing pairing;
+  for (int64_t j = 0; j < in.nope; j += 2) {
+    const bf16 *even = keys + j * in.lora, *odd = even + in.lora;
+    __m512bh weights[kStreamedTokens];
+    for (int64_t i = 0; i < args.count; ++i) {
+      const float *query = in.step.query + args.tokens[i] * in.step.query_stride + head * size + j;
+      bf16 rounded[2];
+      convert(query, 2, rounded);
+      weights[i] = repeat_pair(rounded);
+    }
+    for (int64_t d = 0; d < in.lora; d += kPairs) {
+      __builtin_prefetch(even + kAhead * in.lora + d, 0, 2);
+      __builtin_prefetch(odd + kAhead * in.lora + d, 0, 2);
+      __m512i pairs[2];
+      pairing.pair(even + d, odd + d, pairs);
+      for (int64_t i = 0; i < args.count; ++i) {
+        float *sums = out + i * stride + d;
+        for (int64_t n = 0; n < 2; ++n) {
+          float *sum = sums + n * kLanes;
+          store(sum, dot_pairs(weights[i], reinterpret_cast<__m512bh>(pairs[n]), load(sum)));
+        }
+      }
+    }
+  }
+}
+
 // As absorb_rows, by bf16 dot products: the queries are rounded, rows of W_k are taken in pairs.
 VLLM_MS_NOINLINE void absorb_pairs(const MlaAbsorbArgs &args, int64_t head, int64_t stride, bf16 *weights,
-                                      bf16 *values) {
+                                   bf16 *values) {
   const MlaInputs &in = *args.inputs;
   const int64_t size = in.nope + in.rope;
   const bf16 *keys = static_cast<const bf16 *>(mla_head_weight(in, head));
@@ -82,12 +116,12 @@ VLLM_MS_NOINLINE void absorb_pairs(const MlaAbsorbArgs &args, int64_t head, int6
       rows[j] = keys + (begin + j) * in.lora;
       ahead[j] = reinterpret_cast<const char *>(keys + (next + j < in.nope ? next + j : begin + j) * in.lora);
     }
-    pair_values(rows, count, in.lora, {ahead, 0, 2 * in.lora}, values);
+    pair_values(rows, count, in.lora, values);
     for (int64_t i = 0; i < args.count; ++i) {
       const float *query = in.step.query + args.tokens[i] * in.step.query_stride + head * size + begin;
       convert(query, count, weights + i * kTileKeys);
     }
-    accumulate_dot(out, stride, args.count, weights, values, count, in.lora);
+    accumulate_dot(out, stride, args.count, weights, values, count, in.lora, {ahead, 0, 2 * in.lora});
   }
 }
 
@@ -97,6 +131,7 @@ void absorb_head(const MlaAbsorbArgs &args, int64_t head, int64_t stride, float 
   const MlaInputs &in = *args.inputs;
 #if defined(__AVX512BF16__)
   if (expands_to_pairs(in) && in.lora % kPairs == 0 && in.nope % 2 == 0) {
+    if (args.count <= kStreamedTokens) return absorb_streamed(args, head, stride);
     return absorb_pairs(args, head, stride, reinterpret_cast<bf16 *>(weights), reinterpret_cast<bf16 *>(converted));
   }
 #endif

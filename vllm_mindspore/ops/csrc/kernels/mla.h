@@ -68,6 +68,7 @@ struct MlaTask {
 struct MlaTaskArgs {
   const MlaInputs *inputs;
   const MlaTask *task;
+  const MlaTask *next;  // what this thread is likely to do after it, to prefetch; or the same
   const float *query;  // what mla_absorb wrote
   float *out;          // [num_heads of the layer, count, lora]: sums of latents
   int64_t count;

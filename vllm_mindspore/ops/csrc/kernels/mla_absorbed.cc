@@ -11,7 +11,7 @@ namespace {
 
 struct Task {
   const MlaInputs &in;
-  const MlaTask &task;
+  const MlaTask &task, &next;
   int64_t row, width;   // padded lora + rope, padded lora
   AttentionInputs step;  // what softmax_row reads: scale and the accumulator's width
   float *query, *accumulator, *total;  // [heads, row], [heads, width], [heads, width]
@@ -21,7 +21,7 @@ struct Task {
   float *zeros;  // [row]
 
   explicit Task(const MlaTaskArgs &args)
-      : in(*args.inputs), task(*args.task), row(padded_head(mla_row(in))), width(padded_head(in.lora)), step(in.step) {
+      : in(*args.inputs), task(*args.task), next(*args.next), row(padded_head(mla_row(in))), width(padded_head(in.lora)), step(in.step) {
     const int64_t heads = task.num_heads;
     step.cache.head_size = in.lora;
     Blocks blocks{args.workspace};
@@ -42,7 +42,8 @@ struct Task {
   RowState total_state(int64_t head) const { return {total + head * width, total_max + head, total_sum + head}; }
 };
 
-// Rows of the cache for keys [start, start + end), zeros for the other keys of the tile; `ahead`: of the next tile.
+// Rows of the cache for keys [start, start + end), zeros for the other keys of the tile; `ahead`: of the next tile, after
+// the last one of the next task's first.
 struct TileRows {
   const void *rows[kTileKeys];
   const char *ahead[kTileKeys];
@@ -50,12 +51,16 @@ struct TileRows {
   TileRows(const Task &t, int64_t start, int64_t end) {
     const int64_t bytes = mla_row(t.in) * dtype_size(t.in.step.cache.dtype);
     const char *cache = static_cast<const char *>(t.in.step.cache.data);
-    const int64_t known = min_of(2 * kTileKeys, t.task.key_end - start);
-    int64_t slots[2 * kTileKeys];
-    find_slots(t.in, t.task.request, start, start + known, slots);
+    const bool last = start + kTileKeys >= t.task.key_end;
+    const MlaTask &after = last ? t.next : t.task;
+    const int64_t begin = last ? after.key_begin : start + kTileKeys;
+    const int64_t count = min_of(kTileKeys, after.key_end - begin);
+    int64_t slots[kTileKeys], next_slots[kTileKeys];
+    find_slots(t.in, t.task.request, start, start + end, slots);
+    find_slots(t.in, after.request, begin, begin + count, next_slots);
     for (int64_t j = 0; j < kTileKeys; ++j) {
       rows[j] = j < end ? cache + slots[j] * bytes : reinterpret_cast<const char *>(t.zeros);
-      ahead[j] = kTileKeys + j < known ? cache + slots[kTileKeys + j] * bytes : cache;
+      ahead[j] = cache + (j < count ? next_slots[j] : next_slots[0]) * bytes;
     }
   }
 };
@@ -98,14 +103,14 @@ VLLM_MS_NOINLINE void attend_tile_dot(const Task &t, int64_t start, int64_t end)
   const int64_t size = mla_row(t.in);
   const bf16 *query = reinterpret_cast<const bf16 *>(t.query);
   bf16 *values = reinterpret_cast<bf16 *>(t.tile);
-  pair_values(keys.rows, end, t.in.lora, {keys.ahead, 0, size * 2}, values);
-  score_dot(query, size, t.task.num_heads, keys.rows, end, t.scores);
+  pair_values(keys.rows, end, t.in.lora, values);
+  score_dot(query, size, t.task.num_heads, keys.rows, end, t.scores, {keys.ahead, 0, size * 2});
   softmax(t, end);
   bf16 *weights = reinterpret_cast<bf16 *>(t.scores);
   for (int64_t head = 0; head < t.task.num_heads; ++head) {
     round_weights(t.scores + head * kTileKeys, 0, end, weights + head * kTileKeys);
   }
-  accumulate_dot(t.accumulator, t.width, t.task.num_heads, weights, values, end, t.in.lora);
+  accumulate_dot(t.accumulator, t.width, t.task.num_heads, weights, values, end, t.in.lora, {nullptr, 0, 0});
 }
 
 void round_queries(const Task &t) {

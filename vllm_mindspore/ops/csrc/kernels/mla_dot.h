@@ -22,37 +22,54 @@ VLLM_MS_INLINE bool expands_to_pairs(const MlaInputs &in) {
 }
 
 // All rows against kLanes keys after the other, which stay in the first-level cache; keys beyond `end` as they come.
+// Each group of rows fetches its share of `ahead`: the memory has as much time as all products take.
 VLLM_MS_INLINE void score_dot(const bf16 *query, int64_t size, int64_t rows, const void *const *keys, int64_t end,
-                              float *scores) {
+                              float *scores, Ahead ahead) {
+  const int64_t lines = (ahead.bytes + kLine - 1) / kLine;
   for (int64_t j = 0; j < end; j += kLanes) {
     for_row_groups(rows, [&](auto R, int64_t row) {
-      score_pairs<R.value, 1>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys, {nullptr, 0, 0});
+      const int64_t from = lines * row / rows, to = lines * (row + R.value) / rows;
+      score_pairs<R.value, 1>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys,
+                              {ahead.rows, ahead.offset + from * kLine, (to - from) * kLine});
     });
   }
 }
 
-// Values of a tile in pairs of keys and in chunks of columns, [lora / kPairs][kTileKeys / 2][kPairs][2]: what
-// accumulate_pairs reads for all rows stays in the first-level cache. Brings `ahead` into the second-level cache.
-VLLM_MS_NOINLINE void pair_values(const void *const *rows, int64_t end, int64_t lora, Ahead ahead, bf16 *out) {
-  alignas(64) uint16_t first[32], second[32];
-  for (int i = 0; i < 16; ++i) {
-    first[2 * i] = i;
-    first[2 * i + 1] = 32 + i;
-    second[2 * i] = 16 + i;
-    second[2 * i + 1] = 48 + i;
-  }
-  const __m512i low = _mm512_load_si512(first), high = _mm512_load_si512(second);
-  for (int64_t j = 0; j < end; j += 2) {
-    for (int64_t byte = 0; byte < ahead.bytes; byte += 64) {
-      __builtin_prefetch(ahead.rows[j] + byte, 0, 2);
-      __builtin_prefetch(ahead.rows[j + 1] + byte, 0, 2);
+// Elements of two rows side by side: (a0, b0, a1, b1, ...).
+struct Pairing {
+  __m512i low, high;
+
+  Pairing() {
+    alignas(64) uint16_t first[32], second[32];
+    for (int i = 0; i < 16; ++i) {
+      first[2 * i] = i;
+      first[2 * i + 1] = 32 + i;
+      second[2 * i] = 16 + i;
+      second[2 * i + 1] = 48 + i;
     }
+    low = _mm512_load_si512(first);
+    high = _mm512_load_si512(second);
+  }
+  // kPairs elements of each row become two vectors of pairs.
+  void pair(const bf16 *even, const bf16 *odd, __m512i (&out)[2]) const {
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    out[0] = _mm512_permutex2var_epi16(a, low, b);
+    out[1] = _mm512_permutex2var_epi16(a, high, b);
+  }
+};
+
+// Values of a tile in pairs of keys and in chunks of columns, [lora / kPairs][kTileKeys / 2][kPairs][2]: what
+// accumulate_pairs reads for all rows stays in the first-level cache.
+VLLM_MS_NOINLINE void pair_values(const void *const *rows, int64_t end, int64_t lora, bf16 *out) {
+  const Pairing pairing;
+  for (int64_t j = 0; j < end; j += 2) {
     const bf16 *even = static_cast<const bf16 *>(rows[j]), *odd = static_cast<const bf16 *>(rows[j + 1]);
     for (int64_t d = 0; d < lora; d += kPairs) {
-      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
-      bf16 *pairs = out + d * kTileKeys + j * kPairs;
-      _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(pairs + kPairs, _mm512_permutex2var_epi16(a, high, b));
+      __m512i pairs[2];
+      pairing.pair(even + d, odd + d, pairs);
+      bf16 *place = out + d * kTileKeys + j * kPairs;
+      _mm512_storeu_si512(place, pairs[0]);
+      _mm512_storeu_si512(place + kPairs, pairs[1]);
     }
   }
 }
@@ -86,12 +103,16 @@ VLLM_MS_NOINLINE void accumulate_pairs(float *accumulator, int64_t padded, const
   }
 }
 
-// All rows against one run of columns after the other.
+// All rows against one run of columns after the other. Meanwhile brings `end` rows of `ahead` into the second-level cache.
 VLLM_MS_INLINE void accumulate_dot(float *accumulator, int64_t padded, int64_t rows, const bf16 *weights,
-                                   const bf16 *values, int64_t end, int64_t lora) {
+                                   const bf16 *values, int64_t end, int64_t lora, Ahead ahead) {
+  const int64_t work = (lora + 2 * kPairs - 1) / (2 * kPairs) * rows;
+  int64_t done = 0;
   for (int64_t d = 0; d < lora; d += 2 * kPairs) {
     const bool two = d + kPairs < lora;
     for_row_groups(rows, [&](auto R, int64_t row) {
+      for (int64_t j = end * done / work; j < end * (done + R.value) / work; ++j) prefetch(ahead, j);
+      done += R.value;
       float *sums = accumulator + row * padded + d;
       const bf16 *chunk = values + d * kTileKeys;
       if (two) {

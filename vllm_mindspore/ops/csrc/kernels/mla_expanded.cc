@@ -143,7 +143,7 @@ void load_tile_dot(const Task &t, int64_t start, int64_t end) {
     std::memset(value + t.in.v, 0, (t.value_width - t.in.v) * sizeof(bf16));
     rows[j] = value;
   }
-  pair_values(rows, end, t.value_width, {nullptr, 0, 0}, reinterpret_cast<bf16 *>(t.pairs));
+  pair_values(rows, end, t.value_width, reinterpret_cast<bf16 *>(t.pairs));
 }
 
 // As attend_tile. Weights of keys that a query does not see are zero.
@@ -154,7 +154,8 @@ void attend_tile_dot(const Task &t, int64_t start, int64_t end, int64_t first) {
     keys[j] = j < end ? static_cast<const void *>(tile + j * t.key_width) : t.zeros;
   }
   const int64_t count = t.args.num_queries - first;
-  score_dot(query + first * t.key_width, t.key_width, count, keys, end, t.scores + first * kTileKeys);
+  score_dot(query + first * t.key_width, t.key_width, count, keys, end, t.scores + first * kTileKeys,
+            {nullptr, 0, 0});
   bf16 *weights = reinterpret_cast<bf16 *>(t.scores);  // in place, as the queries
   for (int64_t i = first; i < t.args.num_queries; ++i) {
     const int64_t seen = min_of(end, t.position + i + 1 - start);
@@ -163,7 +164,7 @@ void attend_tile_dot(const Task &t, int64_t start, int64_t end, int64_t first) {
     round_weights(t.scores + i * kTileKeys, 0, seen, weights + i * kTileKeys);
   }
   accumulate_dot(t.accumulator + first * t.value_width, t.value_width, count, weights + first * kTileKeys,
-                 reinterpret_cast<const bf16 *>(t.pairs), end, t.value_width);
+                 reinterpret_cast<const bf16 *>(t.pairs), end, t.value_width, {nullptr, 0, 0});
 }
 #endif
 
