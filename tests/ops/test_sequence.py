@@ -53,6 +53,23 @@ def test_a_compiled_sequence_takes_any_number_of_tokens():
         np.testing.assert_array_equal(compiled(*arguments).asnumpy(), one_by_one(*arguments).asnumpy())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_read_where_they_are(dtype):
+    x, *weights = values(5, dtype)
+    declared = [
+        f"{name} {dtype} {' '.join(map(str, w.shape))}" for name, w in zip(NAMES.split()[1:], weights, strict=True)
+    ]
+    step = sequence("x table", PROGRAM, "", "\n".join(declared))
+    addresses = np.array([weight.asnumpy().ctypes.data for weight in weights], np.int64)
+    expected = one_by_one(x, *weights).asnumpy()
+    np.testing.assert_array_equal(step(x, tensor(addresses)).asnumpy(), expected)
+    compiled = jit_with_dynamic_tokens(step, [x, tensor(addresses)], (0, None))
+    np.testing.assert_array_equal(compiled(x, tensor(addresses)).asnumpy(), expected)
+    for table in (addresses[:3], addresses.astype(np.int32)):
+        with pytest.raises(RuntimeError):
+            step(x, tensor(table)).asnumpy()
+
+
 def test_more_inputs_than_a_bit_mask_has_bits():
     names = [f"x{i}" for i in range(70)]
     previous, lines = "x0", []
@@ -93,7 +110,9 @@ def record(arguments):
     down = run("linear", up, w_down, None, "x", None, None, **plain)
     run("linear", down, w_up, None, None, None, None, **plain)
     primitive, found = run.primitive(["x"])
-    assert list(found) == weights, "each weight once, in the order of their first use"
+    (table,) = found
+    places = [weight.asnumpy().ctypes.data for weight in (w_up, gamma, b_up, w_down)]
+    assert sorted(table.asnumpy()) == sorted(places), "each weight once"
     return primitive, (tokens, *found)
 
 

@@ -10,6 +10,8 @@ from vllm_mindspore.ops import build
 from vllm_mindspore.ops.operator import Operator
 from vllm_mindspore.ops.registry import OPERATORS
 
+TABLE = "addresses_of_weights"
+
 
 @functools.lru_cache(maxsize=1)
 def _checked_library() -> str:
@@ -37,16 +39,17 @@ def aot_primitive(operator: Operator, given: tuple[str, ...], attributes: dict[s
     return _primitive(operator.cpu, len(given), ordered, {"present": present, **attributes})
 
 
-def sequence(inputs: str, program: str, results: str = "") -> Callable:
+def sequence(inputs: str, program: str, results: str = "", weights: str = "") -> Callable:
     """Several operators as one primitive, for MindSpore's runtime costs more per operator than a small one takes.
 
     inputs: names of its tensors, separated by spaces. program: a line `result = operator operands attributes` per
     operator, an operand (or `-`) for each tensor of its schema, attributes as name=value. results: what the primitive
     returns, by default the last line's result; several are returned one after the other in one vector. The others live
-    in memory that is reused. Raises build.BuildError when the library cannot be used; what is wrong in a program is
-    reported when its shapes are first inferred.
+    in memory that is reused. weights: a line `name dtype dimensions` for each tensor that the last input has the
+    address of. Raises build.BuildError when the library cannot be used; what is wrong in a program is reported when
+    its shapes are first inferred.
     """
-    attributes = {"present": -1, "inputs": inputs, "program": program, "results": results}
+    attributes = {"present": -1, "inputs": inputs, "program": program, "results": results, "weights": weights}
     return _primitive("Sequence", len(inputs.split()), True, attributes)
 
 
@@ -83,11 +86,32 @@ class Recorder:
 
         inputs: their names, in the order they are passed. results: of the recorded calls, what it returns; several as
         one vector, one after the other.
+
+        MindSpore passes one tensor for all weights, the table of their addresses, for each that it passes itself takes
+        it time in every step. The table keeps them alive.
         """
         from mindspore import ParameterTuple
 
-        names = " ".join([*inputs, *self._parameters])
-        return sequence(names, "\n".join(self._lines), " ".join(results)), ParameterTuple(self._parameters.values())
+        if not self._parameters:
+            return sequence(" ".join(inputs), "\n".join(self._lines), " ".join(results)), ParameterTuple(())
+        declared = [
+            " ".join([name, str(parameter.dtype).lower(), *map(str, parameter.shape)])
+            for name, parameter in self._parameters.items()
+        ]
+        names = " ".join([*inputs, TABLE])
+        primitive = sequence(names, "\n".join(self._lines), " ".join(results), "\n".join(declared))
+        return primitive, ParameterTuple((_address_table(list(self._parameters.values())),))
+
+
+def _address_table(parameters: list) -> Any:
+    """The addresses of the parameters' memory, [len(parameters)] int64; they live as long as it does."""
+    import numpy as np
+    from mindspore import Parameter, Tensor
+
+    addresses = np.array([parameter.asnumpy().ctypes.data for parameter in parameters], np.int64)
+    table = Parameter(Tensor(addresses), name=TABLE, requires_grad=False)
+    table.addressed = tuple(parameters)
+    return table
 
 
 def _primitive(function: str, inputs: int, ordered: bool, attributes: dict[str, Any]) -> Callable:

@@ -14,10 +14,17 @@ namespace vllm_ms {
 namespace aot {
 namespace {
 
-// What a step's tensor argument is: one of the sequence's inputs, the result of an earlier step, or absent.
+// What a step's tensor argument is: one of the sequence's inputs or weights, the result of an earlier step, or absent.
 struct Operand {
-  enum Kind { absent, input, result } kind;
+  enum Kind { absent, input, weight, result } kind;
   int index;
+};
+
+// A tensor that is not an input of its own: MindSpore takes about a microsecond for each, with cold caches several. Its
+// address is in a table that is the sequence's last input.
+struct FixedTensor {
+  DType dtype;
+  Shape shape;
 };
 
 struct SequenceStep {
@@ -77,6 +84,7 @@ struct SequenceShapes {
 // an operator of its own for what follows the first.
 struct SequenceOp {
   static constexpr const char *kName = "sequence";
+  std::vector<FixedTensor> weights;
   std::vector<SequenceStep> steps;
   std::vector<int> results;
   int inputs;
@@ -85,6 +93,10 @@ struct SequenceOp {
     Names known{{"-", {Operand::absent, 0}}};
     std::istringstream names(a.text("inputs"));
     for (std::string name; names >> name; ++inputs) known[name] = {Operand::input, inputs};
+    std::istringstream declarations(a.text("weights"));
+    for (std::string line; std::getline(declarations, line);) {
+      known[declare_weight(line)] = {Operand::weight, static_cast<int>(weights.size()) - 1};
+    }
     std::istringstream lines(a.text("program"));
     for (std::string line; std::getline(lines, line);) {
       if (line.find_first_not_of(' ') == std::string::npos) continue;
@@ -112,6 +124,7 @@ struct SequenceOp {
   Shape infer(const Inputs &in) const { return shapes_of(in)->result; }
 
   void run(const Inputs &in, void *out) const {
+    require_table(in);
     if (addresses_watched()) note_addresses(addresses(in, out));
     const std::shared_ptr<const SequenceShapes> shapes = shapes_of(in);
     std::vector<Tensor> values = shapes->values;
@@ -136,9 +149,41 @@ struct SequenceOp {
   }
 
  private:
-  static std::vector<int64_t> addresses(const Inputs &in, void *out) {
+  // `name dtype dimensions`; returns the name.
+  std::string declare_weight(const std::string &line) {
+    std::istringstream words(line);
+    std::string name, dtype;
+    require(static_cast<bool>(words >> name >> dtype), "'", line, "', expected 'name dtype dimensions'");
+    FixedTensor weight{parse_dtype(dtype.c_str()), {}};
+    require(weight.dtype != DType::other, name, ": no type '", dtype, "'");
+    for (int64_t size; words >> size;) weight.shape.push_back(size);
+    weights.push_back(std::move(weight));
+    return name;
+  }
+
+  void require_table(const Inputs &in) const {
+    if (weights.empty()) return;
+    const Tensor &table = in[inputs - 1];
+    require(table.dtype == DType::i64 && table.numel() == static_cast<int64_t>(weights.size()),
+            "the last input: expected the addresses of ", weights.size(), " weights as int64");
+  }
+
+  Tensor weight(int index, const Inputs &in) const {
+    Tensor result;
+    result.given = true;
+    result.dtype = weights[index].dtype;
+    result.rank = static_cast<int>(weights[index].shape.size());
+    result.dims = weights[index].shape.data();
+    const int64_t *table = in[inputs - 1].as<int64_t>();
+    if (table != nullptr) result.data = reinterpret_cast<void *>(table[index]);
+    return result;
+  }
+
+  std::vector<int64_t> addresses(const Inputs &in, void *out) const {
     std::vector<int64_t> found;
-    for (int i = 0; i < in.size(); ++i) found.push_back(reinterpret_cast<int64_t>(in[i].data));
+    const int tensors = in.size() - (weights.empty() ? 0 : 1);
+    for (int i = 0; i < tensors; ++i) found.push_back(reinterpret_cast<int64_t>(in[i].data));
+    for (size_t i = 0; i < weights.size(); ++i) found.push_back(reinterpret_cast<int64_t>(weight(i, in).data));
     found.push_back(reinterpret_cast<int64_t>(out));
     return found;
   }
@@ -148,6 +193,7 @@ struct SequenceOp {
     for (const Operand &operand : steps[i].operands) {
       if (operand.kind == Operand::absent) tensors.emplace_back();
       if (operand.kind == Operand::input) tensors.push_back(in[operand.index]);
+      if (operand.kind == Operand::weight) tensors.push_back(weight(operand.index, in));
       if (operand.kind == Operand::result) tensors.push_back(values[operand.index]);
     }
     return Inputs(std::move(tensors));
@@ -208,8 +254,8 @@ struct Construction<SequenceOp> {
   static std::shared_ptr<const SequenceOp> create(const Attributes &attributes) {
     static std::mutex mutex;
     static std::map<std::string, std::weak_ptr<const SequenceOp>> parsed;
-    const std::string names = attributes.text("inputs") + '\n' + attributes.text("results");
-    const std::string key = names + '\n' + attributes.text("program");
+    std::string key;
+    for (const char *name : {"inputs", "results", "weights", "program"}) key += attributes.text(name) + '\n';
     const std::lock_guard<std::mutex> lock(mutex);
     std::shared_ptr<const SequenceOp> op = parsed[key].lock();
     if (op == nullptr) parsed[key] = op = std::make_shared<SequenceOp>(attributes);
