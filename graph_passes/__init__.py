@@ -17,6 +17,7 @@ from vllm_mindspore.graph_passes import (
     fuse_rotary,
     merge_duplicates,
     select_rows,
+    take_columns,
 )
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
 
@@ -33,6 +34,7 @@ PASSES: list[GraphPass] = [
     GraphPass("fuse_residual", fuse_residual.run),
     GraphPass("fuse_norm", fuse_norm.run),
     GraphPass("select_rows", select_rows.run),
+    GraphPass("take_columns", take_columns.run),
 ]
 
 __all__ = ["PASSES", "GraphPass", "PassManager", "PassReport"]

@@ -92,6 +92,7 @@ def test_passes_match_as_often_as_the_architecture_says(name):
     assert matches["fuse_moe"] == MOE.get(name, 0)
     assert matches["fuse_mla"] == LATENT.get(name, 0)
     assert (matches["drop_batch"] > 0) == (name in REWRITTEN)
+    assert matches["take_columns"] == 1, "the padding of the vocabulary"
     if (EXPECTED[name] == PRE_NORM or name in LATENT) and name not in MOE:
         most = 7 if name in LATENT else 5  # the queries' latent is cut out, and expanded by a linear of its own
         assert layer_classes == 2, "the last layer selects the rows that are sampled"
