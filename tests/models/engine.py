@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -13,8 +14,10 @@ from .families import FAMILIES
 
 
 @contextmanager
-def engine(name: str, dtype: str = "float32", **options) -> Iterator:
+def engine(name: str, dtype: str = "float32", folder: Path | None = None, **options) -> Iterator:
     """A `vllm.LLM` serving the checkpoint of family `name` in `dtype`; its memory is released afterwards.
+
+    folder: another checkpoint of the family.
 
     The engine lives in this process, which is faster, except for families that vLLM serves by rewriting Hugging Face's
     own classes: the reference needs them as they were.
@@ -24,16 +27,16 @@ def engine(name: str, dtype: str = "float32", **options) -> Iterator:
     assert current_platform.device_name  # chosen now: the environment variables it sets must outlive the patch below
     rewrites_classes = FAMILIES[name].vllm_class.startswith("Transformers")
     with mock.patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(rewrites_classes))):
-        yield from _engine(name, dtype, options)
+        stored = "bfloat16" if dtype == "bfloat16" else "float32"
+        yield from _engine(name, folder or checkpoint(name, stored), dtype, options)
 
 
-def _engine(name: str, dtype: str, options: dict) -> Iterator:
+def _engine(name: str, folder: Path, dtype: str, options: dict) -> Iterator:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, disable_log_stats=True, seed=0)
-    stored = "bfloat16" if dtype == "bfloat16" else "float32"
-    llm = LLM(str(checkpoint(name, stored)), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
+    llm = LLM(str(folder), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
     try:
         yield llm
     finally:

@@ -168,6 +168,6 @@ _CLASSES = {
 
 
 @cache
-def reference(name: str, dtype: str = "float32") -> Reference:
-    """The reference of family `name` on the weights of `checkpoint(name, dtype)`."""
-    return _CLASSES.get(name, Reference)(FAMILIES[name], checkpoint(name, dtype))
+def reference(name: str, dtype: str = "float32", folder: Path | None = None) -> Reference:
+    """The reference of family `name` on the weights of `checkpoint(name, dtype)`, or of another one of it."""
+    return _CLASSES.get(name, Reference)(FAMILIES[name], folder or checkpoint(name, dtype))
