@@ -21,7 +21,7 @@ from tests.bench.compare import rival_environment, written
 from tests.support import commands
 from tests.support.server import NAME, Server
 
-TOKENS_IN, TOKENS_OUT, PROMPTS = 128, 128, 4
+TOKENS_IN, TOKENS_OUT, PROMPTS = 128, 128, 3
 METRICS = {"time per output token": "median_tpot_ms", "first token of a prompt of 128": "median_ttft_ms"}
 OPTIONS = [
     "--served-model-name", NAME, "--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "64",
@@ -29,12 +29,12 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def ask(server: Server, model: Path, folder: Path) -> dict:
+def ask(server: Server, model: Path, folder: Path, prompts: int = PROMPTS) -> dict:
     """What `vllm bench serve` measures."""
     command = [
         Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai", "--port", str(server.port),
         "--host", "127.0.0.1", "--model", NAME, "--tokenizer", str(model), "--dataset-name", "random",
-        "--random-input-len", str(TOKENS_IN), "--random-output-len", str(TOKENS_OUT), "--num-prompts", str(PROMPTS),
+        "--random-input-len", str(TOKENS_IN), "--random-output-len", str(TOKENS_OUT), "--num-prompts", str(prompts),
         "--max-concurrency", "1", "--ignore-eos", "--save-result", "--result-dir", str(folder),
         "--result-filename", "result.json",
     ]  # fmt: skip
@@ -71,8 +71,9 @@ def main() -> None:
         ours = Server(list(map(str, own_command)), commands.free_port(), folder / "ours.log")
         rival = Server(list(map(str, rival_command)), commands.free_port(), folder / "rival.log", rival_settings)
         with ours, rival:
+            print("both servers are up", file=sys.stderr)
             for server in (ours, rival):
-                ask(server, model, folder)  # warm
+                ask(server, model, folder, prompts=1)  # warm
             for _ in range(options.rounds):
                 for engine, server in enumerate((ours, rival)):
                     result = ask(server, model, folder)
