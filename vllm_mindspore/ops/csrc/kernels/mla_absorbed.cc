@@ -21,7 +21,12 @@ struct Task {
   float *zeros;  // [row]
 
   explicit Task(const MlaTaskArgs &args)
-      : in(*args.inputs), task(*args.task), next(*args.next), row(padded_head(mla_row(in))), width(padded_head(in.lora)), step(in.step) {
+      : in(*args.inputs),
+        task(*args.task),
+        next(*args.next),
+        row(padded_head(mla_row(in))),
+        width(padded_head(in.lora)),
+        step(in.step) {
     const int64_t heads = task.num_heads;
     step.cache.head_size = in.lora;
     Blocks blocks{args.workspace};
@@ -42,8 +47,8 @@ struct Task {
   RowState total_state(int64_t head) const { return {total + head * width, total_max + head, total_sum + head}; }
 };
 
-// Rows of the cache for keys [start, start + end), zeros for the other keys of the tile; `ahead`: of the next tile, after
-// the last one of the next task's first.
+// Rows of the cache for keys [start, start + end), zeros for the other keys of the tile; `ahead`: of the next tile,
+// after the last one of the next task's first.
 struct TileRows {
   const void *rows[kTileKeys];
   const char *ahead[kTileKeys];

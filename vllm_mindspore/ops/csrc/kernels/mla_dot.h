@@ -103,7 +103,8 @@ VLLM_MS_NOINLINE void accumulate_pairs(float *accumulator, int64_t padded, const
   }
 }
 
-// All rows against one run of columns after the other. Meanwhile brings `end` rows of `ahead` into the second-level cache.
+// All rows against one run of columns after the other. Meanwhile brings `end` rows of `ahead` into the second-level
+// cache.
 VLLM_MS_INLINE void accumulate_dot(float *accumulator, int64_t padded, int64_t rows, const bf16 *weights,
                                    const bf16 *values, int64_t end, int64_t lora, Ahead ahead) {
   const int64_t work = (lora + 2 * kPairs - 1) / (2 * kPairs) * rows;
