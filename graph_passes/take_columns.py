@@ -6,7 +6,7 @@ slice(ours(...), last dimension, begin, end)   →   columns(ours(...), begin, e
 import torch
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import is_call, operator_name, replace
+from vllm_mindspore.graph_passes.nodes import operator_name, replace
 
 SLICE = torch.ops.aten.slice.Tensor
 
@@ -24,15 +24,13 @@ def run(graph: Graph) -> int:
 
 def _columns(node: Node) -> tuple[Node, int, int] | None:
     """(what is cut, first column, column after the last), of a slice that can be replaced."""
-    source, dim, begin, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    if not is_call(source, source.target) or not operator_name(source):
-        return None
+    source, dim, *bounds, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
     value = source.meta["val"]
     width = value.shape[-1]
-    if value.dtype != torch.float32 or dim not in (-1, value.dim() - 1) or step != 1 or not isinstance(width, int):
+    whole_rows = dim in (-1, value.dim() - 1) and step == 1
+    if not operator_name(source) or value.dtype != torch.float32 or not whole_rows:
         return None
-    begin, end = (0 if begin is None else begin), (width if end is None else end)
-    if not isinstance(begin, int) or not isinstance(end, int):
+    if isinstance(width, torch.SymInt) or any(isinstance(bound, torch.SymInt | Node) for bound in bounds):
         return None
-    begin, end = (max(0, bound + width if bound < 0 else min(bound, width)) for bound in (begin, end))
+    begin, end, _ = slice(*bounds).indices(width)
     return (source, begin, end) if begin < end else None

@@ -8,7 +8,6 @@ Prints medians over the rounds, and what each server's processes use of a CPU wh
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +31,13 @@ OPTIONS = [
 def ask(server: Server, model: Path, folder: Path, prompts: int = PROMPTS) -> dict:
     """What `vllm bench serve` measures."""
     command = [
-        Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai", "--port", str(server.port),
+        "vllm", "bench", "serve", "--backend", "openai", "--port", str(server.port),
         "--host", "127.0.0.1", "--model", NAME, "--tokenizer", str(model), "--dataset-name", "random",
         "--random-input-len", str(TOKENS_IN), "--random-output-len", str(TOKENS_OUT), "--num-prompts", str(prompts),
         "--max-concurrency", "1", "--ignore-eos", "--save-result", "--result-dir", str(folder),
         "--result-filename", "result.json",
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    commands.run(command, timeout=900).check_returncode()
     return json.loads((folder / "result.json").read_text())
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     model = shapes.find(options.model)
     rival_python, rival_settings = rival_environment()
-    own_command = [Path(sys.executable).with_name("vllm"), "serve", model, "--backend", "mindspore", *OPTIONS]
+    own_command = ["vllm", "serve", model, "--backend", "mindspore", *OPTIONS]
     rival_command = [rival_python, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, *OPTIONS]
     found = {name: ([], []) for name in METRICS}
     with tempfile.TemporaryDirectory() as directory:

@@ -16,10 +16,11 @@ from vllm_mindspore.compiler.segments import Segment
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is recorded into one operator: `first`, all layers, `last`; and what that operator returns."""
+    """What is recorded into one operator, `nodes`: `first`, all layers, `last`; and what that operator returns."""
 
     first: list[Node]
     last: list[Node]
+    nodes: list[Node]
     results: list[Node]
 
 
@@ -40,9 +41,9 @@ def recorded_part(before: list[Node], layers: list[Segment], after: list[Node], 
     for last in range(end, -1, -1):
         part = [*before[begin:], *inside, *after[:last]]
         if leaving(part) == part[-1:]:
-            return Recorded(before[begin:], after[:last], part[-1:])
+            return Recorded(before[begin:], after[:last], part, part[-1:])
         if last == len(after) and set(leaving(part)) == set(results):
-            return Recorded(before[begin:], after, list(results))
+            return Recorded(before[begin:], after, part, list(results))
     return None
 
 
@@ -80,7 +81,7 @@ class RecordedWriter(NetworkWriter):
         before, after = before[: len(before) - len(first)], after[len(last) :]
         self._network_weights(block, [*before, *after])
         self.write_all(block, before)
-        inputs = self._recorded_inputs(layers)
+        inputs = self._recorded_inputs()
         recorded.names = {node: f'"{block.names[node]}"' for node in inputs}
         block.init.append("run = Recorder()")
         for node in self.stored:
@@ -105,10 +106,9 @@ class RecordedWriter(NetworkWriter):
             block.body.append("return " + ", ".join(block.names[item] for item in self.captured.results))
         return class_source("Network", f"The {self.captured.name} graph.", "weights", block, arguments)
 
-    def _recorded_inputs(self, layers: list[Segment]) -> list[Node]:
-        nodes = [*self.recorded.first, *(node for layer in layers for node in layer.nodes), *self.recorded.last]
-        inside, found = set(nodes), {}
-        for node in nodes:
+    def _recorded_inputs(self) -> list[Node]:
+        inside, found = set(self.recorded.nodes), {}
+        for node in self.recorded.nodes:
             for operand in node.all_input_nodes:
                 if operand not in inside and operand not in self.stored:
                     found[operand] = None

@@ -87,8 +87,8 @@ class Recorder:
         inputs: their names, in the order they are passed. results: of the recorded calls, what it returns; several as
         one vector, one after the other.
 
-        MindSpore passes one tensor for all weights, the table of their addresses, for each that it passes itself takes
-        it time in every step. The table keeps them alive.
+        One tensor stands for all weights, the table of their addresses: each that MindSpore passes itself costs time in
+        every step. The table keeps them alive.
         """
         from mindspore import ParameterTuple
 

@@ -263,8 +263,8 @@ Pool &pool() {
 
 constexpr int64_t kScratchAlignment = 64;
 constexpr int64_t kMaxFreeBytes = 128 << 20;  // kept between operators
-std::atomic<int64_t> allocations{0};
 constexpr int64_t kLargePage = 2 << 20;       // buffers of this size and more are mapped, in large pages if there are any
+std::atomic<int64_t> allocations{0};
 
 // Few sizes, a quarter apart, so that a buffer of one step serves the next one of slightly other shapes.
 int64_t round_up_size(int64_t bytes) {

@@ -7,6 +7,7 @@
 
 #include "amx.h"
 #include "attention_tile.h"
+#include "pairs.h"
 
 #if defined(__AMX_BF16__)
 
@@ -53,14 +54,7 @@ VLLM_MS_INLINE void pack_amx_queries(const float *query, int64_t padded, int64_t
 // The cache's rows, in any order in memory, to `out`.
 VLLM_MS_INLINE void pack_amx_keys(const void *const *keys, const void *const *values, int64_t head_size, Ahead ahead,
                                   const AmxKeys &out) {
-  alignas(64) uint16_t first[32], second[32];
-  for (int i = 0; i < 16; ++i) {
-    first[2 * i] = i;
-    first[2 * i + 1] = 32 + i;
-    second[2 * i] = 16 + i;
-    second[2 * i + 1] = 48 + i;
-  }
-  const __m512i low = _mm512_load_si512(first), high = _mm512_load_si512(second);
+  const Pairing pairing;
   const int64_t blocks = head_size / kAmxRows;
   for (int64_t j = 0; j < kTileKeys; j += 2) {
     prefetch(ahead, j);
@@ -71,10 +65,11 @@ VLLM_MS_INLINE void pack_amx_keys(const void *const *keys, const void *const *va
       for (int64_t k = j; k < j + 2; ++k) {
         _mm512_storeu_si512(out.keys + k * head_size + d, _mm512_loadu_si512(static_cast<const bf16 *>(keys[k]) + d));
       }
-      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+      __m512i paired[2];
+      pairing.pair(even + d, odd + d, paired);
       bf16 *at = pairs + d / kAmxRows * kAmxTile;
-      _mm512_storeu_si512(at, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(at + kAmxTile, _mm512_permutex2var_epi16(a, high, b));
+      _mm512_storeu_si512(at, paired[0]);
+      _mm512_storeu_si512(at + kAmxTile, paired[1]);
     }
   }
 }

@@ -35,29 +35,6 @@ VLLM_MS_INLINE void score_dot(const bf16 *query, int64_t size, int64_t rows, con
   }
 }
 
-// Elements of two rows side by side: (a0, b0, a1, b1, ...).
-struct Pairing {
-  __m512i low, high;
-
-  Pairing() {
-    alignas(64) uint16_t first[32], second[32];
-    for (int i = 0; i < 16; ++i) {
-      first[2 * i] = i;
-      first[2 * i + 1] = 32 + i;
-      second[2 * i] = 16 + i;
-      second[2 * i + 1] = 48 + i;
-    }
-    low = _mm512_load_si512(first);
-    high = _mm512_load_si512(second);
-  }
-  // kPairs elements of each row become two vectors of pairs.
-  void pair(const bf16 *even, const bf16 *odd, __m512i (&out)[2]) const {
-    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-    out[0] = _mm512_permutex2var_epi16(a, low, b);
-    out[1] = _mm512_permutex2var_epi16(a, high, b);
-  }
-};
-
 // Values of a tile in pairs of keys and in chunks of columns, [lora / kPairs][kTileKeys / 2][kPairs][2]: what
 // accumulate_pairs reads for all rows stays in the first-level cache.
 VLLM_MS_NOINLINE void pair_values(const void *const *rows, int64_t end, int64_t lora, bf16 *out) {

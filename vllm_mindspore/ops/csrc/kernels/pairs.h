@@ -19,6 +19,29 @@ VLLM_MS_INLINE __m512bh repeat_pair(const bf16 *p) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
 }
 
+// Elements of two rows side by side: (a0, b0, a1, b1, ...).
+struct Pairing {
+  __m512i low, high;
+
+  Pairing() {
+    alignas(64) uint16_t first[32], second[32];
+    for (int i = 0; i < 16; ++i) {
+      first[2 * i] = i;
+      first[2 * i + 1] = 32 + i;
+      second[2 * i] = 16 + i;
+      second[2 * i + 1] = 48 + i;
+    }
+    low = _mm512_load_si512(first);
+    high = _mm512_load_si512(second);
+  }
+  // kPairs elements of each row become two vectors of pairs.
+  void pair(const bf16 *even, const bf16 *odd, __m512i (&out)[2]) const {
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    out[0] = _mm512_permutex2var_epi16(a, low, b);
+    out[1] = _mm512_permutex2var_epi16(a, high, b);
+  }
+};
+
 // sum + a . b, lane by lane
 VLLM_MS_INLINE Vec dot_pairs(__m512bh a, __m512bh b, Vec sum) {
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
