@@ -73,17 +73,29 @@ def test_one_compile_serves_every_number_of_tokens(tmp_path):
         torch.testing.assert_close(rows, model(x[:size], **weights), rtol=1e-5, atol=1e-5)
 
 
-def test_consecutive_operators_are_written_as_one_up_to_a_result_that_others_use():
+def test_consecutive_operators_are_written_as_one_up_to_what_is_not_ours():
     def model(x, **w):
         a = torch.nn.functional.linear(x, w["a.weight"])
         b = torch.nn.functional.linear(torch.relu(a), w["b.weight"])
-        return torch.nn.functional.linear(b, w["c.weight"]), b
+        return torch.nn.functional.linear(torch.cumsum(b, -1), w["c.weight"]), b
 
     weights = {f"{name}.weight": torch.randn(6, 6) for name in "abc"}
     emitted, _ = lowered(model, [torch.randn(5, 6)], weights, passes=True)
-    assert emitted.source.count("= sequence(") == 1
-    assert 'build("linear"' in emitted.source, "the last linear follows a result that is returned"
-    assert emitted.operators == {"vllm_ms.linear.default": 3}
+    assert emitted.source.count("= sequence(") == 1, "the first two, with the activation between them"
+    assert emitted.source.count("Recorder()") == 1, "the last one, after cumsum"
+    assert emitted.operators["vllm_ms.linear.default"] == 3
+
+
+def test_a_graph_without_layers_is_recorded_too(tmp_path):
+    def head(x, weight):
+        return torch.nn.functional.linear(x, weight)
+
+    arguments = {"weights": {"weight": torch.randn(9, 6)}}
+    emitted, _ = lowered(head, [x := torch.randn(5, 6)], **arguments, passes=True)
+    assert emitted.source.count("Recorder()") == 1 and "build(" not in emitted.source
+    for eager in (True, False):
+        found = run(tmp_path, head, x, **arguments, eager=eager)
+        torch.testing.assert_close(found, head(x, **arguments["weights"]), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_are_recorded_into_one_operator():

@@ -1,5 +1,6 @@
 """Large pages are asked for where they pay, and nothing that a tensor holds is lost."""
 
+import ctypes
 import mmap
 from pathlib import Path
 
@@ -35,21 +36,61 @@ def test_large_tensors_are_advised_and_small_ones_are_not():
     assert huge_pages.request([small]) == 0
 
 
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """How much of a tensor's memory is resident, in whole pages within it."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (tensor.data_ptr() + tensor.nbytes - begin) // mmap.PAGESIZE
+    present = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(pages * mmap.PAGESIZE), present) == 0
+    return sum(page & 1 for page in present) * mmap.PAGESIZE
+
+
 @available
-def test_a_zeroed_cache_stays_zero_and_resident():
-    cache = torch.zeros(4, 3 << 20, dtype=torch.uint8)
-    views = [cache[0], cache[1:]]
-    huge_pages.renew_zeros(views)
+def test_reserved_zeros_are_zeros_in_large_pages():
+    with huge_pages.ReservedZeros():
+        cache = torch.zeros(4, 3 << 20, dtype=torch.bfloat16, device=torch.device("cpu"))
+        sized = torch.zeros((2, 1 << 20))
+    assert (cache.shape, cache.dtype) == ((4, 3 << 20), torch.bfloat16)
+    assert (sized.shape, sized.dtype) == ((2, 1 << 20), torch.float32)
+    assert resident_bytes(cache) == resident_bytes(sized) == 0, "nothing touched them yet"
     assert "hg" in flags_at(cache.data_ptr() + cache.nbytes // 2)
-    assert not cache.any()
+    assert not cache.any() and not sized.any()
     cache.fill_(7)
-    huge_pages.request([cache])
-    assert bool((cache == 7).all()), "a request alone changes nothing"
+    assert bool((cache == 7).all())
+
+
+def test_small_zeros_and_those_of_other_devices_are_torchs_own():
+    with huge_pages.ReservedZeros():
+        small, elsewhere = torch.zeros(3, 5), torch.zeros(1 << 20, device="meta")
+    assert small.is_contiguous() and not small.any()
+    assert elsewhere.device.type == "meta"
+
+
+def test_population_makes_memory_resident_and_keeps_what_it_holds():
+    with huge_pages.ReservedZeros():
+        cache = torch.zeros(40, 1 << 20, dtype=torch.uint8)
+    cache[7] = 3
+    before = resident_bytes(cache)
+    population = huge_pages.Population([cache[:20], cache[20:]])
+    population.wait()
+    assert before < resident_bytes(cache)
+    assert resident_bytes(cache) >= cache.nbytes - mmap.PAGESIZE
+    assert bool((cache[7] == 3).all()) and not cache[:7].any() and not cache[8:].any()
+
+
+def test_population_ends_when_it_is_told_to():
+    with huge_pages.ReservedZeros():
+        cache = torch.zeros(1 << 30, dtype=torch.uint8)
+    population = huge_pages.Population([cache])
+    population.stop()
+    assert resident_bytes(cache) < cache.nbytes
+    assert not population._thread.is_alive()
 
 
 def test_a_kernel_that_refuses_changes_nothing(monkeypatch):
     monkeypatch.setattr(huge_pages, "_advise", lambda begin, end, advice: 0)
-    cache = torch.zeros(1 << 20, dtype=torch.uint8)
+    with huge_pages.ReservedZeros():
+        cache = torch.zeros(1 << 20, dtype=torch.uint8)
     assert huge_pages.request([cache]) == 0
-    huge_pages.renew_zeros([cache])
+    huge_pages.Population([cache]).wait()
     assert not cache.any()

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from vllm_mindspore.compiler import arrangement
 from vllm_mindspore.compiler.capture import CapturedGraph, GraphInput
 from vllm_mindspore.compiler.expressions import require_mapped
 from vllm_mindspore.compiler.legalize import operator_name, value
 from vllm_mindspore.compiler.network_source import NetworkWriter
-from vllm_mindspore.compiler.recorded_source import RecordedWriter, recorded_part
+from vllm_mindspore.compiler.recorded_source import Recorded, RecordedWriter, recorded_part
 from vllm_mindspore.compiler.segments import find_layers
 
 HEADER = '''"""{title}
@@ -40,6 +41,7 @@ class EmittedGraph:
 
     weights: parameter and constant names the constructor reads. inputs: arguments of `construct`, in order.
     outputs: the shape of each result, None for a size that varies. packed: they are one vector, one after the other.
+    columns: groups of weights that can be in columns, each as a whole.
     """
 
     name: str
@@ -48,6 +50,7 @@ class EmittedGraph:
     inputs: tuple[GraphInput, ...]
     outputs: tuple[tuple[int | None, ...], ...]
     packed: bool
+    columns: arrangement.Groups
     layer_classes: int
     operators: dict[str, int]
 
@@ -80,7 +83,20 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     )
     outputs = tuple(_known_shape(node) for node in captured.results)
     packed = recorded is not None and len(recorded.results) > 1
-    return EmittedGraph(captured.name, source, weights, step_inputs, outputs, packed, len(classes), dict(operators))
+    readers = _columns(captured, stored_nodes, recorded)
+    return EmittedGraph(
+        captured.name, source, weights, step_inputs, outputs, packed, readers, len(classes), dict(operators)
+    )
+
+
+def _columns(captured: CapturedGraph, stored: dict[Node, torch.dtype], recorded: Recorded | None) -> arrangement.Groups:
+    """What only the recorded operators read: these have the weights' addresses and need not know MindSpore's types."""
+    if recorded is None:
+        return ()
+    inside, inputs = set(recorded.nodes), captured.placeholders
+    elsewhere = {inputs[node].name for node in stored if not inside.issuperset(node.users)}
+    groups = arrangement.readable(recorded.nodes, inputs, stored)
+    return tuple(group for group in groups if not elsewhere.intersection(group))
 
 
 def _known_shape(node: Node) -> tuple[int | None, ...]:

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from vllm.logger import init_logger
 
 from vllm_mindspore import options
-from vllm_mindspore.compiler import cache
+from vllm_mindspore.compiler import arrangement, cache
 from vllm_mindspore.compiler.bind import KVGroup, bind_kv_groups
 from vllm_mindspore.compiler.capture import CapturedGraph, GraphInput
 from vllm_mindspore.compiler.emit import EmittedGraph, emit
 from vllm_mindspore.compiler.legalize import legalize
 from vllm_mindspore.compiler.program import Program, compiled_graphs
 from vllm_mindspore.graph_passes import PASSES, PassManager, PassReport
+from vllm_mindspore.ops import columns
 
 logger = init_logger("vllm.vllm_mindspore.compiler")
 
@@ -87,10 +88,12 @@ class Compiler:
             "passes": [graph_pass.name for graph_pass in self.passes.passes],
             "device": device,
             "eager": eager,
+            "columns": device == "cpu" and columns.supported(),
         }
         self.key = cache.content_key({**facts, **signature})
         self.graphs: dict[str, LoweredGraph] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.columns: frozenset[str] = frozenset()
         self.from_cache = False
         self.seconds = 0.0
         self._resources = ExitStack()
@@ -121,10 +124,19 @@ class Compiler:
         self.seconds += seconds
         logger.info("graph %s lowered in %.1f s (%s): %s", name, seconds, _summary(reports), path)
 
+    def arrange(self, weights: dict[str, torch.Tensor]) -> None:
+        """Put weights into the order in which the graphs' operators read them fastest: once, in place.
+
+        weights: all tensors of the model by name, with their final values.
+        """
+        emitted = [graph.emitted for graph in self.graphs.values()]
+        names = arrangement.chosen((graph.columns, (item.name for item in graph.weights)) for graph in emitted)
+        self.columns = arrangement.arrange(names, weights)
+
     def program(self, name: str, weights: dict[str, torch.Tensor]) -> Program:
         """The program of a lowered graph, on the memory of `weights`."""
         graph = self.graphs[name]
-        return Program(graph.emitted, graph.path, {**weights, **self.constants}, self.eager)
+        return Program(graph.emitted, graph.path, {**weights, **self.constants}, self.eager, self.columns)
 
     @contextmanager
     def mindspore_cache(self) -> Iterator[None]:
@@ -175,6 +187,7 @@ class Compiler:
                 "inputs": [asdict(item) for item in graph.emitted.inputs],
                 "outputs": graph.emitted.outputs,
                 "packed": graph.emitted.packed,
+                "columns": graph.emitted.columns,
                 "layer_classes": graph.emitted.layer_classes,
                 "operators": graph.emitted.operators,
             }
@@ -191,8 +204,9 @@ class Compiler:
             path = self.entry.path / f"{name}.py"
             weights, inputs = (tuple(GraphInput(**item) for item in graph[kind]) for kind in ("weights", "inputs"))
             outputs = tuple(map(tuple, graph["outputs"]))
-            rest = (graph[field] for field in ("packed", "layer_classes", "operators"))
-            emitted = EmittedGraph(name, path.read_text(), weights, inputs, outputs, *rest)
+            groups = tuple(map(tuple, graph["columns"]))
+            rest = (graph[field] for field in ("layer_classes", "operators"))
+            emitted = EmittedGraph(name, path.read_text(), weights, inputs, outputs, graph["packed"], groups, *rest)
             self.graphs[name] = LoweredGraph(emitted, path, graph["passes"])
         constants = self.entry.path / CONSTANTS_FILE
         self.constants = load_file(constants) if constants.is_file() else {}

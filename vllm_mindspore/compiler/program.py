@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from vllm_mindspore.compiler.emit import EmittedGraph
 from vllm_mindspore.compiler.tensors import shared_parameter
+from vllm_mindspore.ops.cpu import in_columns
 
 logger = init_logger("vllm.vllm_mindspore.compiler")
 
@@ -52,8 +53,16 @@ def compiled_graphs() -> int:
 class Program:
     """One graph: call it with the step's tensors in the order of `emitted.inputs`."""
 
-    def __init__(self, emitted: EmittedGraph, path: Path, weights: dict[str, torch.Tensor], eager: bool):
-        """weights: torch tensors by name, shared with MindSpore, never copied. eager: run in PyNative.
+    def __init__(
+        self,
+        emitted: EmittedGraph,
+        path: Path,
+        weights: dict[str, torch.Tensor],
+        eager: bool,
+        columns: frozenset[str] = frozenset(),
+    ):
+        """weights: torch tensors by name, shared with MindSpore, never copied. eager: run in PyNative. columns: names
+        of the weights that are in columns.
 
         Raises:
             KeyError: a weight the network reads is missing.
@@ -70,6 +79,9 @@ class Program:
             item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr()
             for item in emitted.weights
         }
+        self.columns = columns.intersection(parameters)
+        for name in self.columns:
+            in_columns(parameters[name])
         self.network = load_module(path).Network(parameters)
         self.network.set_train(False)
         self._run = self.network.construct

@@ -28,10 +28,10 @@ def recorded_part(before: list[Node], layers: list[Segment], after: list[Node], 
     """The last nodes of `before` and the first of `after` that can be recorded together with all layers.
 
     Of what is recorded only the last result may be used elsewhere, unless it gives all `results` of the graph. None
-    when there are no layers, or when they contain anything but operators of ours.
+    when nothing can be, or when layers contain anything but operators of ours.
     """
     inside = [node for layer in layers for node in layer.nodes]
-    if not inside or not all(map(is_own, inside)):
+    if not all(map(is_own, inside)):
         return None
     begin, end = len(before), 0
     while begin > 0 and is_own(before[begin - 1]):
@@ -40,9 +40,9 @@ def recorded_part(before: list[Node], layers: list[Segment], after: list[Node], 
         end += 1
     for last in range(end, -1, -1):
         part = [*before[begin:], *inside, *after[:last]]
-        if leaving(part) == part[-1:]:
+        if part and leaving(part) == part[-1:]:
             return Recorded(before[begin:], after[:last], part, part[-1:])
-        if last == len(after) and set(leaving(part)) == set(results):
+        if part and last == len(after) and set(leaving(part)) == set(results):
             return Recorded(before[begin:], after, part, list(results))
     return None
 

@@ -95,12 +95,23 @@ class Recorder:
         if not self._parameters:
             return sequence(" ".join(inputs), "\n".join(self._lines), " ".join(results)), ParameterTuple(())
         declared = [
-            " ".join([name, str(parameter.dtype).lower(), *map(str, parameter.shape)])
+            " ".join([name, _storage(parameter), *map(str, parameter.shape)])
             for name, parameter in self._parameters.items()
         ]
         names = " ".join([*inputs, TABLE])
         primitive = sequence(names, "\n".join(self._lines), " ".join(results), "\n".join(declared))
         return primitive, ParameterTuple((_address_table(list(self._parameters.values())),))
+
+
+def in_columns(parameter: Any) -> Any:
+    """The Parameter, known to have its values in columns (`ops/columns.py`) wherever it is recorded."""
+    parameter.in_columns = True
+    return parameter
+
+
+def _storage(parameter: Any) -> str:
+    dtype = str(parameter.dtype).lower()
+    return f"{dtype}_columns" if getattr(parameter, "in_columns", False) else dtype
 
 
 def _address_table(parameters: list) -> Any:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from vllm_mindspore.ops import columns
 from vllm_mindspore.ops.fakes import like_input
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
 def _fake(ids, weight):
     return like_input(weight, (*ids.shape, weight.shape[1]))
+
+
+def _columns(shapes, attributes):
+    return {"weight"} if columns.fits(shapes["weight"]) else set()
 
 
 OPERATORS = [
@@ -18,5 +23,6 @@ OPERATORS = [
         fake=_fake,
         cpu="Embedding",
         ascend=ascend_cell("Embedding"),
+        columns=_columns,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_mindspore.ops import columns
 from vllm_mindspore.ops.activation import check_activation
 from vllm_mindspore.ops.fakes import like_input
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
@@ -25,6 +26,11 @@ def check(given, norm, eps, norm_offset, activation):
         raise ValueError("linear: norm_weight given without a norm")
 
 
+def _columns(shapes, attributes):
+    parts = 2 if attributes["activation"].endswith("_and_mul") else 1
+    return {"weight"} if columns.fits(shapes["weight"], parts) else set()
+
+
 OPERATORS = [
     Operator(
         # x [..., K] f32, weight [N, K]; act(norm(x) @ weight^T + bias) + residual, [..., N]. *_and_mul: weight rows are
@@ -38,5 +44,6 @@ OPERATORS = [
         cpu="Linear",
         ascend=ascend_cell("Linear"),
         check=check,
+        columns=_columns,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_mindspore.ops import columns
 from vllm_mindspore.ops.activation import ACTIVATIONS
 from vllm_mindspore.ops.fakes import like_input
 from vllm_mindspore.ops.linear import NORMS
@@ -41,6 +42,12 @@ def _check_experts(given, norm, activation, interleaved, **_):
         raise ValueError("moe_experts: norm_weight given without a norm")
 
 
+def _experts_columns(shapes, attributes):
+    parts = 2 if attributes["activation"].endswith("_and_mul") else 1
+    fit = columns.fits(shapes["w13"], parts) and columns.fits(shapes["w2"])
+    return {"w13", "w2"} if fit and not attributes["interleaved"] else set()
+
+
 OPERATORS = [
     Operator(
         # logits [T, E] f32, bias [E]; [T, 2 * top_k]: expert ids, best first, then their weights. Experts are chosen by
@@ -72,5 +79,6 @@ OPERATORS = [
         cpu="MoeExperts",
         ascend=ascend_cell("MoeExperts", "moe_ascend"),
         check=_check_experts,
+        columns=_experts_columns,
     ),
 ]

@@ -90,6 +90,8 @@ class Operator:
     ascend: `ascend(given, **attributes)` returns a callable of MindSpore primitives that takes the tensors named by
         `given`, or raises UnsupportedOperator; None where there is no implementation at all.
     ordered: keep program order with operators that mutate a tensor this one reads. Those that mutate always keep it.
+    columns: `columns(shapes, attributes)` returns the names of the tensors that the CPU's kernel can read in columns
+        (`ops/columns.py`), all of them or none; both arguments by name. None: it cannot.
     check: `check(given, **attributes)` raises ValueError for attribute values that no device accepts.
     """
 
@@ -99,6 +101,7 @@ class Operator:
     cpu: str
     ascend: Callable[..., Callable] | None = field(default=None, repr=False)
     check: Callable[..., None] | None = field(default=None, repr=False)
+    columns: Callable[[dict[str, tuple[int, ...]], dict[str, Any]], set[str]] | None = field(default=None, repr=False)
     ordered: bool = False
 
 

@@ -6,9 +6,11 @@ does not, nothing changes. Measured in docs/performance.md.
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Iterable
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 SMALLEST = 256 << 10  # bytes of a tensor worth a request; neighbours in memory share large pages
 
@@ -21,16 +23,54 @@ def request(tensors: Iterable[torch.Tensor]) -> int:
     return sum(_advise(begin, end, mmap.MADV_HUGEPAGE) for begin, end in _ranges(tensors, outward=True))
 
 
-def renew_zeros(tensors: Iterable[torch.Tensor]) -> None:
-    """Give tensors that hold only zeros large pages in place of the small ones they were zeroed in; still resident."""
-    tensors = [tensor for tensor in tensors if tensor.untyped_storage().nbytes() >= SMALLEST]
-    advised = 0
-    for begin, end in _ranges(tensors, outward=False):
-        if _advise(begin, end, mmap.MADV_HUGEPAGE):
-            advised += _advise(begin, end, mmap.MADV_DONTNEED)
-    if advised:
-        for tensor in tensors:
-            tensor.zero_()
+class ReservedZeros(TorchFunctionMode):
+    """While it is entered, `torch.zeros` of a large host tensor takes zeros of the system, in large pages.
+
+    Such memory becomes resident when it is touched, or by `Population`, instead of being written at once.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not torch.zeros or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            return function(*args, **kwargs)
+        wanted = torch.empty(*args, **{**kwargs, "device": "meta"})
+        if wanted.nbytes < SMALLEST:
+            return function(*args, **kwargs)
+        memory = mmap.mmap(-1, wanted.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = torch.frombuffer(memory, dtype=wanted.dtype).view(wanted.shape)
+        request([tensor])
+        return tensor
+
+
+class Population:
+    """Makes tensors' memory resident on a thread of its own, with what they hold left as it is.
+
+    The system takes seconds for some GiB. Where it cannot do this (Linux before 5.14) they stay as they are.
+    """
+
+    POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h
+    AT_ONCE = 4 << 20  # bytes; no thread can map memory meanwhile
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        self._tensors = list(tensors)  # their memory must not go before the thread does
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vllm-ms-populate", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for begin, end in sorted(_ranges(self._tensors, outward=False)):
+            for at in range(begin, end, self.AT_ONCE):
+                if self._stopped.is_set() or not _advise(at, min(at + self.AT_ONCE, end), self.POPULATE_WRITE):
+                    return
+
+    def wait(self) -> None:
+        """Until everything is resident, or stop() was called."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """End the thread; what is not resident yet becomes so when it is touched."""
+        self._stopped.set()
+        self._thread.join()
 
 
 def _ranges(tensors: Iterable[torch.Tensor], outward: bool) -> set[tuple[int, int]]:

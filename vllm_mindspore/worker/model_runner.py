@@ -35,6 +35,7 @@ class MindSporeModelRunner(CPUModelRunner):
             scheduler.async_scheduling = asynchronous
         sampling.use_kernels(self.sampler)
         self.compile_seconds = 0.0
+        self._population: huge_pages.Population | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Instantiate vLLM's model, capture and lower its graphs, and only then read the weights.
@@ -103,6 +104,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def _compile_and_profile(self) -> None:
         weights = facts.tensors_of(self.model)
+        self.compiler.arrange(weights)
         self.step = ModelStep(
             self.compiler.program("model", weights),
             self.compiler.program("logits", weights),
@@ -122,7 +124,10 @@ class MindSporeModelRunner(CPUModelRunner):
         self.initialize_kv_cache(config, is_profiling=True)
 
     def initialize_kv_cache_tensors(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context=None):
-        caches = super().initialize_kv_cache_tensors(kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
+        with huge_pages.ReservedZeros():
+            caches = super().initialize_kv_cache_tensors(
+                kv_cache_config, kernel_block_sizes, kv_cache_allocation_context
+            )
         groups = [
             KVGroup(tuple(g.layer_names), size)
             for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)
@@ -134,7 +139,6 @@ class MindSporeModelRunner(CPUModelRunner):
                 f"the engine's KV cache groups {groups} differ from those the graphs were compiled for, "
                 f"{self.compiler.groups}"
             )
-        huge_pages.renew_zeros(caches.values())
         self.step.bind_kv_caches(caches)
         return caches
 
@@ -154,7 +158,8 @@ class MindSporeModelRunner(CPUModelRunner):
         return sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values())
 
     def warm_up(self) -> None:
-        """One small step on the real KV cache: nothing is compiled any more."""
+        """One small step on the real KV cache: nothing is compiled any more. The cache becomes resident meanwhile."""
+        self._population = huge_pages.Population(self.kv_caches)
         self._run_dummy_step(min(self.max_num_tokens, 16))
 
     def _run_dummy_step(self, num_tokens: int) -> None:
@@ -176,6 +181,7 @@ class MindSporeModelRunner(CPUModelRunner):
                 "source": str(program.path),
                 "weights": len(program.shared),
                 "weights_shared": sum(program.shared.values()),
+                "weights_in_columns": len(program.columns),
             }
             for name, program in (("model", self.step.model), ("logits", self.step.logits))
         }
@@ -185,5 +191,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def shutdown(self) -> None:
         """Release weights, KV caches and graphs."""
-        self.step = None
+        if self._population is not None:
+            self._population.stop()
+        self.step = self._population = None
         super().shutdown()

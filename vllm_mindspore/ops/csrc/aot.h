@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "aot_interface.h"
+#include "columns.h"
 #include "dtype.h"
 
 namespace vllm_ms {
@@ -81,6 +82,7 @@ inline DType parse_dtype(const char *name) {
   if (text == "int32") return DType::i32;
   if (text == "int64") return DType::i64;
   if (text == "uint8") return DType::u8;
+  if (text == "bfloat16_columns") return DType::bf16_columns;
   return DType::other;
 }
 
@@ -163,6 +165,12 @@ inline void require_f32(const Tensor &t, const char *name) {
 
 inline void require_float(const Tensor &t, const char *name) {
   require(!t.given || is_float(t.dtype), name, ": must be float32, bfloat16 or float16");
+}
+
+// A matrix of a type that the kernels of linear layers read.
+inline void require_matrix_weight(const Tensor &t, const char *name) {
+  if (t.dtype != DType::bf16_columns) return require_float(t, name);
+  require(columns_supported(), name, ": in columns, which ", isa_name(isa()), " does not read");
 }
 
 inline std::string describe(int count, const int *ranks, int64_t **shapes, const char **dtypes) {

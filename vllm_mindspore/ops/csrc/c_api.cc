@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <exception>
 
+#include "columns.h"
 #include "isa.h"
 #include "kernels/quantized_weight.h"
 #include "kernels/sample.h"
@@ -25,6 +26,12 @@ VLLM_MS_EXPORT int vllm_ms_cpu_isa(char *text, int size) {
 }
 
 VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
+
+// See columns.h.
+VLLM_MS_EXPORT int vllm_ms_columns_supported() { return vllm_ms::columns_supported(); }
+VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int64_t n, int64_t k) {
+  vllm_ms::arrange_columns(static_cast<vllm_ms::bf16 *>(weight), matrices, n, k);
+}
 
 // kernels/quantized_weight.h's quantize_weight; dtype: 0 float32, 1 bfloat16, 2 float16.
 VLLM_MS_EXPORT void vllm_ms_quantize_weight(const void *weight, int dtype, int64_t n, int64_t k, int bits,

@@ -8,12 +8,16 @@
 
 namespace vllm_ms {
 
-enum class DType : int32_t { f32, bf16, fp16, i32, i64, u8, other };
+enum class DType : int32_t { f32, bf16, fp16, i32, i64, u8, other, bf16_columns };
 
 struct bf16 {
   uint16_t bits;
 };
 struct fp16 {
+  uint16_t bits;
+};
+// A bf16 of a weight that is arranged in columns, see columns.h.
+struct bf16_columns {
   uint16_t bits;
 };
 

@@ -1,5 +1,6 @@
 #include "embedding.h"
 
+#include "../columns.h"
 #include "../parallel.h"
 #include "../vec.h"
 
@@ -14,6 +15,17 @@ void convert_row(const T *row, float *out, int64_t width) {
   for (; i < width; ++i) out[i] = to_float(row[i]);
 }
 
+// Row `id` of a table in columns: a pair of each group of lines.
+void convert_columns(const bf16 *table, int64_t vocabulary, int64_t id, float *out, int64_t width) {
+  const int64_t lane = id % kColumnGroup, first = id - lane;
+  const int64_t rows = vocabulary - first < kColumnGroup ? vocabulary - first : kColumnGroup;
+  const bf16 *pair = table + first * width + 2 * lane;
+  for (int64_t i = 0; i + 1 < width; i += 2, pair += 2 * rows) {
+    out[i] = to_float(pair[0]);
+    out[i + 1] = to_float(pair[1]);
+  }
+}
+
 }  // namespace
 
 void embedding(const EmbeddingArgs &args) {
@@ -26,6 +38,10 @@ void embedding(const EmbeddingArgs &args) {
       float *out = args.out + t * args.width;
       if (id < 0 || id >= args.vocabulary) {
         std::memset(out, 0, args.width * sizeof(float));
+        continue;
+      }
+      if (args.weight.dtype == DType::bf16_columns) {
+        convert_columns(static_cast<const bf16 *>(args.weight.data), args.vocabulary, id, out, args.width);
         continue;
       }
       VLLM_MS_DISPATCH_FLOAT(args.weight.dtype, T, {

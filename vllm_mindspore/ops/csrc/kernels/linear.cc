@@ -1,40 +1,34 @@
 #include "linear.h"
 
 #include "../parallel.h"
+#include "column_product.h"
 #include "linear_amx.h"
 #include "linear_finish.h"
-#include "tile_product.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-constexpr int64_t kPackedBytes = 1 << 19;  // of packed activations, to stay in the second-level cache
+constexpr int64_t kPackedBytes = 4 << 20;  // of packed activations, to stay in the caches
 
 template <class T>
 void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRows<typename Packed<T>::Type> &x) {
   const T *weight = static_cast<const T *>(args.weight.data);
   const BlockLayout layout(args);
-  const bool gated = args.activation.gated;
   constexpr int64_t kWorkPerChunk = 1 << 18;  // multiply-adds below which a second thread does not pay
   const int64_t work = max64(1, kBlock * args.k * x.count);
   parallel_for(layout.blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
     const Scratch sums_buffer(x.count * kBlock * sizeof(float));
-    const Scratch partial_buffer(x.count * kTileRows * sizeof(Vec));
     float *sums = sums_buffer.as<float>();
     const int64_t after = begin + num_threads() * (end - begin);  // where this thread is likely to go on
     for (int64_t block = begin; block < end; ++block) {
       const int64_t column = layout.column(block), count = layout.count(block);
-      const int64_t next = block + 1 < end ? block + 1 : after < layout.blocks ? after : block;
-      for (int half = 0; half < (gated ? 2 : 1); ++half) {
-        const T *half_weight = weight + half * layout.width * args.k;
-        for (int64_t i = 0; i < count; i += kTileRows) {
-          const int64_t next_row = i + kTileRows < count ? column + i + kTileRows : layout.column(next);
-          const WeightTile<T> tile(half_weight + (column + i) * args.k, half_weight + next_row * args.k, 1,
-                                   min64(kTileRows, count - i), args.k);
-          multiply_tile(tile, x, partial_buffer.as<float>(), sums + half * kUp + i);
-        }
-      }
+      const int64_t next_block = block + 1 < end ? block + 1 : after < layout.blocks ? after : block;
+      const int64_t next = (layout.column(next_block) - column) * args.k;
+      const T *rows = weight + column * args.k;
+      const BlockRows<T> in_order = rows_in_order(rows, count, args.k, next);
+      const BlockRows<T> of_both{{rows, rows + layout.width * args.k}, {count, count}, 1, args.k, next};
+      multiply_block(args.activation.gated ? of_both : in_order, x, sums);
       finish_block(args, first_token, x.count, column, count, sums);
     }
   });
@@ -43,7 +37,7 @@ void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRo
 template <class T>
 void run(const LinearArgs &args) {
   using X = typename Packed<T>::Type;
-  const int64_t stride = round_up(args.k, Packed<T>::kStep);
+  const int64_t stride = packed_stride<X>(args.k);
   const int64_t tokens = min64(args.m, tokens_within(kPackedBytes, stride * sizeof(X)));
   const Scratch buffer(tokens * stride * sizeof(X));
   for (int64_t first = 0; first < args.m; first += tokens) {
@@ -51,7 +45,7 @@ void run(const LinearArgs &args) {
     const NormArgs norm{args.x + first * args.k, nullptr,   count,    args.k,          args.norm_weight,
                         args.norm_bias,          args.norm, args.eps, args.norm_offset};
     pack_rows(norm, stride, buffer.as<X>(), [](int64_t) { return 1.0f; });
-    multiply_blocks<T>(args, first, {buffer.as<X>(), stride, count, nullptr});
+    multiply_blocks<T>(args, first, {buffer.as<X>(), stride, count});
   }
 }
 
@@ -59,6 +53,9 @@ void run(const LinearArgs &args) {
 
 void linear(const LinearArgs &args) {
   if (args.m == 0 || args.n == 0) return;
+#if defined(__AVX512BF16__)
+  if (args.weight.dtype == DType::bf16_columns) return run<bf16_columns>(args);
+#endif
 #if defined(__AMX_BF16__)
   if (args.weight.dtype == DType::bf16 && args.k > 0) return linear_amx(args);
 #endif

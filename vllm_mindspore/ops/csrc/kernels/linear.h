@@ -9,11 +9,11 @@
 
 namespace vllm_ms {
 
-// out = act(norm(x) W^T + bias) + residual, x [m, k], W [n, k] row by row as vLLM keeps it, read in place.
+// out = act(norm(x) W^T + bias) + residual, x [m, k], W [n, k] row by row as vLLM keeps it, or in columns (columns.h).
 // With a gated activation W's rows are [gate; up] and out is [m, n / 2] = act(gate) * up (+ residual).
 //
 // A row of `out` has the same bits whatever m is: the products of row and weight row are always summed in the same
-// order, first into the lanes of one vector with k ascending, then across the lanes.
+// order, first into the lanes of one vector with k ascending, then across the lanes; in columns with k ascending.
 struct LinearArgs {
   const float *x;
   Weight weight, bias;    // [n, k], [n]

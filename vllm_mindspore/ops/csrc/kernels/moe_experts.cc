@@ -2,7 +2,7 @@
 
 #include "../moe_plan.h"
 #include "../parallel.h"
-#include "tile_product.h"
+#include "column_product.h"
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
@@ -24,62 +24,69 @@ struct ExpertLayer {
 
   int64_t blocks() const { return (width + block - 1) / block; }
   int64_t count(int64_t at) const { return min64(block, width - at * block); }
-  int64_t step() const { return interleaved ? 2 : 1; }
   // The weight row of a column, half 0 the gate's.
   int64_t row(int64_t column, int half) const { return interleaved ? 2 * column + half : half * width + column; }
+  const T *rows_of(int64_t expert, int64_t column, int half) const {
+    return weight + (expert * rows + row(column, half)) * k;
+  }
 };
 
 // Part of the work on a layer: from `begin` to `end` in the order of jobs and then blocks, of blocks [low, high).
 struct Range {
   MoePlace begin, end;
   int64_t low, high;
+
+  bool has(const MoePlace &at) const {
+    return at.job < end.job || (at.job == end.job && at.block < end.block);
+  }
+  MoePlace after(const MoePlace &at) const {
+    return at.block + 1 < high ? MoePlace{at.job, at.block + 1} : MoePlace{at.job + 1, low};
+  }
 };
 
-// Goes through the tiles of a range.
-struct TileCursor {
-  MoePlace at;
-  int half;
-  int64_t row;  // in the block
+// The packed activations of all slots: slot i has row i, or row index[i] where there is an index.
+template <class X>
+struct SlotRows {
+  const X *data;
+  int64_t stride;
+  const int32_t *index;
 
-  template <class T>
-  TileCursor next(const ExpertLayer<T> &layer, const Range &range) const {
-    if (row + kTileRows < layer.count(at.block)) return {at, half, row + kTileRows};
-    if (layer.gated && half == 0) return {at, 1, 0};
-    if (at.block + 1 < range.high) return {{at.job, at.block + 1}, 0, 0};
-    return {{at.job + 1, range.low}, 0, 0};
+  // A job's rows, one after the other: where they are, or copied to `gathered`.
+  PackedRows<X> of(const MoeJob &job, X *gathered) const {
+    if (index == nullptr) return {data + job.first_slot * stride, stride, job.tokens};
+    for (int64_t t = 0; t < job.tokens; ++t) {
+      std::memcpy(gathered + t * stride, data + index[job.first_slot + t] * stride, stride * sizeof(X));
+    }
+    return {gathered, stride, job.tokens};
   }
-  bool within(const Range &range) const {
-    return at.job < range.end.job || (at.job == range.end.job && at.block < range.end.block);
-  }
-  template <class T>
-  const T *weight(const ExpertLayer<T> &layer, const MoePlan &plan) const {
-    const int64_t first = layer.row(at.block * layer.block + row, half);
-    return layer.weight + (plan.job(at.job).expert * layer.rows + first) * layer.k;
-  }
+  int64_t gathered_bytes(int64_t tokens) const { return index == nullptr ? 0 : tokens * stride * sizeof(X); }
 };
 
 // Calls finish(job, column, count, sums) for every block of the range, sums[t * kBlock + i] the products of the job's
 // t-th token with the i-th column, those of a gate from 0 and of up from kUp on.
 template <class T, class X, class Finish>
-VLLM_MS_INLINE void multiply_range(const ExpertLayer<T> &layer, const MoePlan &plan, const PackedRows<X> &x,
+VLLM_MS_INLINE void multiply_range(const ExpertLayer<T> &layer, const MoePlan &plan, const SlotRows<X> &x,
                                    const Range &range, Finish finish) {
   const Scratch sums_buffer(plan.max_tokens() * kBlock * sizeof(float));
-  const Scratch partial_buffer(plan.max_tokens() * kTileRows * sizeof(Vec));
+  const Scratch gathered(x.gathered_bytes(plan.max_tokens()));
+  PackedRows<X> rows{};
+  int64_t rows_job = -1;
   float *sums = sums_buffer.as<float>();
-  TileCursor cursor{range.begin, 0, 0};
-  while (cursor.within(range)) {
-    const TileCursor next = cursor.next(layer, range);
-    const MoeJob &job = plan.job(cursor.at.job);
-    const int64_t count = layer.count(cursor.at.block);
-    const T *weight = cursor.weight(layer, plan);
-    const WeightTile<T> tile(weight, next.within(range) ? next.weight(layer, plan) : weight, layer.step(),
-                          min64(kTileRows, count - cursor.row), layer.k);
-    multiply_tile(tile, x.from(job.first_slot, job.tokens), partial_buffer.as<float>(),
-                  sums + cursor.half * kUp + cursor.row);
-    if (next.at.job != cursor.at.job || next.at.block != cursor.at.block) {
-      finish(job, cursor.at.block * layer.block, count, sums);
-    }
-    cursor = next;
+  for (MoePlace at = range.begin; range.has(at);) {
+    const MoePlace after = range.after(at);
+    const MoeJob &job = plan.job(at.job);
+    const int64_t column = at.block * layer.block, count = layer.count(at.block);
+    const T *weight = layer.rows_of(job.expert, column, 0);
+    const int64_t next =
+        range.has(after) ? layer.rows_of(plan.job(after.job).expert, after.block * layer.block, 0) - weight : 0;
+    const BlockRows<T> in_order = rows_in_order(weight, count, layer.k, next);
+    const BlockRows<T> of_both{
+        {weight, layer.rows_of(job.expert, column, 1)}, {count, count}, layer.interleaved ? 2 : 1, layer.k, next};
+    if (at.job != rows_job) rows = x.of(job, gathered.as<X>());
+    rows_job = at.job;
+    multiply_block(layer.gated ? of_both : in_order, rows, sums);
+    finish(job, column, count, sums);
+    at = after;
   }
 }
 
@@ -148,7 +155,7 @@ VLLM_MS_INLINE void add_results(const MoeExpertsArgs &args, const MoePlan &plan,
 
 // Gate and up, or the first layer of experts without a gate: hidden [slots, stride].
 template <class T, class X>
-void first_product(const MoeExpertsArgs &args, const MoePlan &plan, const PackedRows<X> &x, int64_t stride, X *hidden) {
+void first_product(const MoeExpertsArgs &args, const MoePlan &plan, const SlotRows<X> &x, int64_t stride, X *hidden) {
   const bool gated = args.activation.gated;
   const ExpertLayer<T> layer{static_cast<const T *>(args.w13.data), gated ? 2 * args.inter : args.inter, args.hidden,
                              args.inter, gated ? kUp : kBlock, gated, args.interleaved};
@@ -163,10 +170,11 @@ void first_product(const MoeExpertsArgs &args, const MoePlan &plan, const Packed
 
 // Down: each thread adds up its columns of all tokens, expert by expert.
 template <class T, class X>
-void second_product(const MoeExpertsArgs &args, const MoePlan &plan, const PackedRows<X> &hidden, int64_t first,
+void second_product(const MoeExpertsArgs &args, const MoePlan &plan, const SlotRows<X> &hidden, int64_t first,
                     int64_t tokens) {
   ExpertLayer<T> layer{static_cast<const T *>(args.w2.data), args.width, args.inter, args.width, kBlock, false, false};
-  while (layer.block > kTileRows && layer.blocks() < kPiecesPerThread * num_threads()) layer.block /= 2;
+  constexpr int64_t kNarrowest = std::is_same<T, bf16_columns>::value ? kColumnGroup : kTileRows;
+  while (layer.block > kNarrowest && layer.blocks() < kPiecesPerThread * num_threads()) layer.block /= 2;
   float *out = args.out + first * args.width;
   parallel_for(layer.blocks(), 1, [&](int64_t begin, int64_t end) {
     const int64_t from = begin * layer.block, columns = min64(end * layer.block, args.width) - from;
@@ -188,7 +196,7 @@ void second_product(const MoeExpertsArgs &args, const MoePlan &plan, const Packe
 template <class T>
 void run(const MoeExpertsArgs &args) {
   using X = typename Packed<T>::Type;
-  const int64_t stride = round_up(args.hidden, Packed<T>::kStep), hidden_stride = round_up(args.inter, Packed<T>::kStep);
+  const int64_t stride = packed_stride<X>(args.hidden), hidden_stride = packed_stride<X>(args.inter);
   const int64_t job_tokens = tokens_within(kPackedBytes, stride * sizeof(X));
   const int64_t at_once = max64(kLeastTokens, kHiddenBytes / max64(1, args.top_k * hidden_stride * sizeof(X)));
   for (int64_t first = 0; first < args.tokens; first += at_once) {
@@ -201,9 +209,9 @@ void run(const MoeExpertsArgs &args) {
     pack_rows(norm, stride, packed.as<X>(), [&](int64_t t) {
       return args.weight_on_input ? routing[t * 2 * args.top_k + args.top_k] : 1.0f;
     });
-    const PackedRows<X> x{packed.as<X>(), stride, plan.num_slots(), plan.token_of_slot()};
+    const SlotRows<X> x{packed.as<X>(), stride, plan.token_of_slot()};
     first_product<T>(args, plan, x, hidden_stride, hidden.as<X>());
-    const PackedRows<X> rows{hidden.as<X>(), hidden_stride, plan.num_slots(), nullptr};
+    const SlotRows<X> rows{hidden.as<X>(), hidden_stride, nullptr};
     second_product<T>(args, plan, rows, first, tokens);
   }
 }
@@ -212,6 +220,9 @@ void run(const MoeExpertsArgs &args) {
 
 void moe_experts(const MoeExpertsArgs &args) {
   if (args.tokens == 0 || args.width == 0) return;
+#if defined(__AVX512BF16__)
+  if (args.w13.dtype == DType::bf16_columns) return run<bf16_columns>(args);
+#endif
   VLLM_MS_DISPATCH_FLOAT(args.w13.dtype, T, { run<T>(args); });
 }
 

@@ -1,4 +1,5 @@
-// The products of linear.cc and moe_experts.cc: 8 rows of a weight with any number of tokens, wherever these are.
+// The products of linear.cc and moe_experts.cc: a block of a weight's rows with any number of tokens, wherever these are.
+// Here for all types, 8 rows at a time, a row's products summed over a vector's lanes; column_product.h for weights in columns.
 #pragma once
 
 #include <type_traits>
@@ -14,19 +15,41 @@ namespace VLLM_MS_ISA {
 constexpr int64_t kPanelBytes = 16 << 10;  // of one tile's weights, to stay in the first-level cache
 constexpr int64_t kPanelTokens = 4;        // from here on a tile's weights are read panel by panel
 
-// Rows of packed activations: row i is data + index[i] * stride, or data + i * stride without an index.
+// Rows of packed activations: row i is data + i * stride.
 template <class X>
 struct PackedRows {
   const X *data;
   int64_t stride, count;
-  const int32_t *index;
 
-  const X *row(int64_t i) const { return data + (index != nullptr ? index[i] : i) * stride; }
-  PackedRows from(int64_t first, int64_t some) const {
-    if (index != nullptr) return {data, stride, some, index + first};
-    return {data + first * stride, stride, some, nullptr};
-  }
+  const X *row(int64_t i) const { return data + i * stride; }
 };
+
+// A block of a weight: two groups of up to kUp rows, the second one's sums from kUp on. Gated: rows of gate and of up.
+template <class T>
+struct BlockRows {
+  const T *first[2];
+  int64_t count[2];
+  int64_t step;  // rows of the weight from one of a group to the next
+  int64_t k;
+  int64_t next;  // elements to the same rows of the block that comes next, to prefetch; 0: there is none
+
+  const T *row(int group, int64_t i) const { return first[group] + i * step * k; }
+  int groups() const { return count[1] == 0 ? 1 : 2; }
+};
+
+// `count` rows that follow each other.
+template <class T>
+VLLM_MS_INLINE BlockRows<T> rows_in_order(const T *first, int64_t count, int64_t k, int64_t next) {
+  return {{first, first + kUp * k}, {min64(count, kUp), max64(0, count - kUp)}, 1, k, next};
+}
+
+// Elements from one row of packed activations to the next: whole steps, and an odd number of cache lines, or the rows
+// that are read side by side would push each other out of the first-level cache.
+template <class X>
+VLLM_MS_INLINE int64_t packed_stride(int64_t k) {
+  constexpr int64_t kLine = 64 / sizeof(X);
+  return ((k + kLine - 1) / kLine | 1) * kLine;
+}
 
 // As many tokens as have their packed activations within `bytes`, within limits.
 VLLM_MS_INLINE int64_t tokens_within(int64_t bytes, int64_t token_bytes) {
@@ -209,6 +232,22 @@ void multiply_tile(const WeightTile<T> &tile, const PackedRows<X> &x, float *par
       run_panel(tile, Panel<float>{rows, begin, end, 0, false, first, last}, x, partial, out);
     } else {
       run_panel(tile, Panel<T>{tile.rows, begin, end, tile.next, false, first, last}, x, partial, out);
+    }
+  }
+}
+
+// sums[t * kBlock + i] = row i of the block times token t, rows of the second group from kUp on.
+template <class T, class X>
+void multiply_block(const BlockRows<T> &block, const PackedRows<X> &x, float *sums) {
+  const Scratch partial(x.count * kTileRows * sizeof(Vec));
+  for (int group = 0; group < block.groups(); ++group) {
+    for (int64_t i = 0; i < block.count[group]; i += kTileRows) {
+      const T *first = block.row(group, i);
+      const T *after = i + kTileRows < block.count[group] ? block.row(group, i + kTileRows)
+                       : group + 1 < block.groups()       ? block.first[1]
+                                                          : block.first[0] + block.next;
+      const WeightTile<T> tile(first, after, block.step, min64(kTileRows, block.count[group] - i), block.k);
+      multiply_tile(tile, x, partial.as<float>(), sums + group * kUp + i);
     }
   }
 }

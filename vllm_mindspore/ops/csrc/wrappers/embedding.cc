@@ -18,7 +18,7 @@ struct EmbeddingOp {
   }
   void run(const Inputs &in, void *out) const {
     require(in[0].dtype == DType::i32 || in[0].dtype == DType::i64, "ids: must be int32 or int64");
-    require_float(in[1], "weight");
+    require_matrix_weight(in[1], "weight");
     embedding({in[0].data, in[0].dtype, in[1].weight(), static_cast<float *>(out), in[0].numel(), in[1].dim(0),
                in[1].dim(1)});
   }

@@ -21,7 +21,7 @@ struct LinearOp {
   }
 
   void run(const Inputs &in, void *out) const {
-    require_float(in[kWeight], "weights");
+    require_matrix_weight(in[kWeight], "weight");
     linear(fused.arguments(in, out, in[kWeight].weight(), in[kWeight].dim(0), in[kWeight].dim(1)));
   }
 };

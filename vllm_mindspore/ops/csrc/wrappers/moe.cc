@@ -95,7 +95,8 @@ struct MoeExpertsOp {
     require_f32(in[kX], "x");
     require_f32(in[kRouting], "routing");
     if (in[kResidual].given) require_f32(in[kResidual], "residual");
-    for (int i : {kW13, kW2, kW13Bias, kW2Bias, kNormWeight, kNormBias}) require_float(in[i], "weights");
+    for (int i : {kW13Bias, kW2Bias, kNormWeight, kNormBias}) require_float(in[i], "weights");
+    for (int i : {kW13, kW2}) require_matrix_weight(in[i], "w13 and w2");
     require(in[kW13].dtype == in[kW2].dtype, "w13 and w2: of different types");
     MoeExpertsArgs args{};
     args.x = in[kX].as<float>();

@@ -1,0 +1,78 @@
+"""Which weights of a model are put into columns (`ops/columns.py`): those that every reader in every graph reads so."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from vllm_mindspore.compiler.capture import GraphInput
+from vllm_mindspore.compiler.legalize import value
+from vllm_mindspore.compiler.network_source import OwnCall
+from vllm_mindspore.ops import columns
+from vllm_mindspore.ops.registry import OPERATORS
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+def readable(nodes: Iterable[Node], inputs: dict[Node, GraphInput], stored: dict[Node, torch.dtype]) -> Groups:
+    """Weights that all their readers in `nodes`, calls of our operators, can read in columns; each with those that an
+    operator can only read so together with it."""
+    groups: set[tuple[str, ...]] = set()
+    blocked: set[str] = set()
+    for node in nodes:
+        weights = {operand for operand in node.all_input_nodes if operand in stored}
+        together = _read_in_columns(node) & weights
+        if any(inputs[weight].kind != "weight" or stored[weight] != torch.bfloat16 for weight in together):
+            together = set()
+        blocked |= {inputs[weight].name for weight in weights - together}
+        if together:
+            groups.add(tuple(sorted(inputs[weight].name for weight in together)))
+    return _without(groups, blocked)
+
+
+def chosen(graphs: Iterable[tuple[Groups, Iterable[str]]]) -> set[str]:
+    """The weights to put into columns. graphs: of each, what `readable` gave and the names of all its weights."""
+    graphs = [(groups, set(names)) for groups, names in graphs]
+    blocked = {name for groups, names in graphs for name in names - {one for group in groups for one in group}}
+    groups = {group for groups, _ in graphs for group in groups}
+    return {name for group in _without(groups, blocked) for name in group}
+
+
+def arrange(names: set[str], weights: dict[str, torch.Tensor]) -> frozenset[str]:
+    """Put those of `names` into columns that are alone in their memory; returns these.
+
+    weights: all tensors of the model by name.
+    """
+    if not columns.supported():
+        return frozenset()
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in weights.values())
+    alone = {
+        name
+        for name in names
+        if weights[name].is_contiguous()
+        and weights[name].nbytes == weights[name].untyped_storage().nbytes()
+        and owners[weights[name].untyped_storage().data_ptr()] == 1
+    }
+    for name in alone:
+        columns.arrange(weights[name].detach())
+    return frozenset(alone)
+
+
+def _read_in_columns(node: Node) -> set[Node]:
+    call = OwnCall.of(node)
+    operator = OPERATORS[call.operator]
+    if operator.columns is None:
+        return set()
+    tensors = {item.name: node for item, node in zip(operator.schema.tensors, call.tensors, strict=True) if node}
+    shapes = {name: tuple(value(node).shape) for name, node in tensors.items()}
+    return {tensors[name] for name in operator.columns(shapes, call.attributes)}
+
+
+def _without(groups: set[tuple[str, ...]], blocked: set[str]) -> Groups:
+    """The groups of which no member is blocked; the members of a group that is left out are."""
+    left = set(groups)
+    while out := {group for group in left if blocked.intersection(group)}:
+        left -= out
+        blocked = blocked.union(*out)
+    return tuple(sorted(left))

@@ -1,0 +1,43 @@
+"""Weights in columns: the order in which the CPU's products of bf16 pairs read them (`csrc/columns.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+GROUP = 16  # rows of a weight that keep their place together
+
+
+def supported() -> bool:
+    """Whether this process's kernels read weights in columns, and are faster so."""
+    from vllm_mindspore.ops import build
+
+    return bool(build.load().vllm_ms_columns_supported())
+
+
+def fits(shape: tuple[int, ...], parts: int = 1) -> bool:
+    """Whether a weight [n, k] or weights [..., n, k] can be in columns, cut into `parts` of equally many rows.
+
+    k is in pairs; groups of rows must not cross from one part, or from one weight, to the next.
+    """
+    *several, n, k = shape
+    return k % 2 == 0 and (n % (parts * GROUP) == 0 if several or parts > 1 else n > 0)
+
+
+def arrange(weight) -> None:
+    """Put a contiguous bf16 torch tensor [..., n, k] into columns, in place.
+
+    Raises:
+        ValueError: the tensor is of another type, not contiguous, or does not fit.
+    """
+    import torch
+
+    from vllm_mindspore.ops import build
+
+    if weight.dtype != torch.bfloat16 or not weight.is_contiguous() or not fits(tuple(weight.shape)):
+        raise ValueError(
+            f"a {weight.dtype} weight of shape {tuple(weight.shape)} and stride {weight.stride()} cannot be in columns"
+        )
+    *several, n, k = weight.shape
+    function = build.load().vllm_ms_arrange_columns
+    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 3], None
+    function(weight.data_ptr(), weight.numel() // (n * k) if several else 1, n, k)
