@@ -94,6 +94,7 @@ class Case:
         original = self.step.kv_cache.astype(NUMPY[self.dtype]).astype(np.float32)
         np.testing.assert_array_equal(rows[untouched], original[untouched])
         self.step.kv_cache = rows
+        query = reference.read_query(query, self.dtype, self.head_size)
         return reference.attention(
             query, self.step, self.num_heads, self.head_size**-0.5, sinks=self.optional["sinks"],
             alibi_slopes=self.optional["alibi_slopes"], **self.features,

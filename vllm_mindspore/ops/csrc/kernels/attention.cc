@@ -108,7 +108,7 @@ void load_queries(const Task &t) {
 #elif defined(VLLM_MS_ATTENTION_BF16)
   if (!fits_bf16(t.in.cache)) return;
   for (int64_t row = 0; row < t.rows; ++row) {
-    split_query(t.work.query + row * t.padded, size, t.work.query_tiles + 2 * row * size);
+    round_query(t.work.query + row * t.padded, size, t.work.query_tiles + row * size);
   }
 #endif
 }
@@ -302,13 +302,14 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
 // As attend, for a cache that fits_bf16.
 VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head) {
   const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
-  const bf16 *queries = t.work.query_tiles + 2 * first * size;
+  const bf16 *queries = t.work.query_tiles + first * size;
   float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
   bf16 *weights = t.work.weights + first * kTileKeys;
+  bf16 *values = reinterpret_cast<bf16 *>(t.work.values);
   const KeyRange *ranges = t.work.ranges;
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    score_pairs<R.value, 2>(queries + 2 * row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
-                             scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
+    score_pairs<R.value>(queries + row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
+                         scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
   });
   for (int64_t row = 0; row < t.rows_per_head; ++row) {
     const bool seen = ranges[row].begin < ranges[row].end;
@@ -319,6 +320,21 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
     }
     round_weights(scores + row * kTileKeys, seen ? ranges[row].begin : 0, seen ? ranges[row].end : 0,
                   weights + row * kTileKeys);
+  }
+  if (t.rows_per_head > kFewRows) {
+    pair_values(tile.values, tile.begin / 2 * 2, (tile.end + 1) / 2 * 2, size,
+                {tile.ahead, tile.half_bytes, tile.half_bytes}, values);
+    const int64_t groups = (t.rows_per_head + kValueRows - 1) / kValueRows;
+    for (int64_t i = 0, row = 0; i < groups; ++i) {  // about equally many rows in each
+      const int64_t rows = (t.rows_per_head - row + groups - i - 1) / (groups - i);
+      const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + rows - 1].end + 1) / 2 * 2;
+      with_count<kValueRows>(rows, [&](auto R) {
+        accumulate_rows_paired<R()>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, values, begin,
+                                    end, size);
+      });
+      row += rows;
+    }
+    return;
   }
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
     const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + R.value - 1].end + 1) / 2 * 2;

@@ -1,5 +1,5 @@
-// attention.cc's products over one tile of keys by bf16 dot products, for a bf16 cache. A query is split into a bf16 and
-// the bf16 nearest to what it leaves out, 16 bits together; weights are rounded to bf16, as the values are.
+// attention.cc's products over one tile of keys by bf16 dot products, for a bf16 cache. Queries and weights are rounded
+// to bf16, as the keys and values are.
 //
 // The accumulator's dimensions are in the order that interleaving two values leaves them in: see unpaired(). A row's
 // numbers do not depend on the rows beside it.
@@ -18,13 +18,66 @@ VLLM_MS_INLINE bool fits_bf16(const KvCache &cache) {
   return cache.dtype == DType::bf16 && cache.head_size % kPairs == 0;
 }
 
-// A float query of `size` elements to its high half, then its low.
-VLLM_MS_INLINE void split_query(const float *query, int64_t size, bf16 *out) {
-  for (int64_t d = 0; d < size; d += kLanes) {
-    const Vec v = load(query + d);
-    store_rounded(out + d, v);
-    store_rounded(out + size + d, v - widen(out + d));
+constexpr int kValueRows = 6;      // with four vectors of dimensions: 24 sums in registers
+constexpr int64_t kFewRows = 4;    // up to here values are read where they are
+
+VLLM_MS_INLINE void round_query(const float *query, int64_t size, bf16 *out) {
+  for (int64_t d = 0; d < size; d += kLanes) store_rounded(out + d, load(query + d));
+}
+
+// Values [begin, end), both even, as [kTileKeys / 2][size / 16][16][2]: of two values side by side.
+VLLM_MS_NOINLINE void pair_values(const void *const *values, int64_t begin, int64_t end, int64_t size,
+                                  Ahead ahead, bf16 *out) {
+  for (int64_t j = begin; j < end; j += 2) {
+    prefetch(ahead, j);
+    prefetch(ahead, j + 1);
+    const bf16 *even = static_cast<const bf16 *>(values[j]), *odd = static_cast<const bf16 *>(values[j + 1]);
+    for (int64_t d = 0; d < size; d += kPairs) {
+      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+      _mm512_store_si512(out + j * size + 2 * d, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(out + j * size + 2 * d + kPairs, _mm512_unpackhi_epi16(a, b));
+    }
   }
+}
+
+// accumulator[r] += weights[r, j] * value[j] for j in [begin, end), both even, and N vectors of dimensions from `offset`
+// on; `values` as pair_values leaves them.
+template <int R, int N>
+VLLM_MS_NOINLINE void accumulate_paired(float *accumulator, int64_t padded, const bf16 *weights, const bf16 *values,
+                                        int64_t begin, int64_t end, int64_t offset, int64_t size) {
+  Vec sums[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[r][n] = load(accumulator + r * padded + offset + n * kLanes);
+  }
+  for (int64_t j = begin; j < end; j += 2) {
+    const bf16 *value = values + j * size + 2 * offset;
+    __m512bh vectors[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) vectors[n] = load_pairs(value + n * kPairs);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m512bh pair = repeat_pair(weights + r * kTileKeys + j);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[r][n] = dot_pairs(vectors[n], pair, sums[r][n]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(accumulator + r * padded + offset + n * kLanes, sums[r][n]);
+  }
+}
+
+template <int R>
+VLLM_MS_INLINE void accumulate_rows_paired(float *accumulator, int64_t padded, const bf16 *weights, const bf16 *values,
+                                           int64_t begin, int64_t end, int64_t size) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) {
+    accumulate_paired<R, 4>(accumulator, padded, weights, values, begin, end, d, size);
+  }
+  if (d < size) accumulate_paired<R, 2>(accumulator, padded, weights, values, begin, end, d, size);
 }
 
 // accumulator[r] += weights[r, j] * value[j] for j in [begin, end) and N vectors of dimensions from `offset` on; both

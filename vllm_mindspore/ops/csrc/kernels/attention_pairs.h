@@ -11,9 +11,8 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-// As score_rows, for keys from the last multiple of 16 / R up to `begin` on; queries: [R][Parts, size], of which each
-// row's parts are added up, the last one first.
-template <int R, int Parts>
+// As score_rows, for keys from the last multiple of 16 / R up to `begin` on; queries: [R][size].
+template <int R>
 VLLM_MS_NOINLINE void score_pairs(const bf16 *queries, const void *const *keys, int64_t begin, int64_t end,
                                   int64_t size, float *scores, Ahead ahead) {
   constexpr int K = 16 / R;
@@ -21,20 +20,14 @@ VLLM_MS_NOINLINE void score_pairs(const bf16 *queries, const void *const *keys, 
     for (int k = 0; k < K; ++k) prefetch(ahead, j + k);
     Vec sums[R * K] = {};
     for (int64_t d = 0; d < size; d += kPairs) {
-      __m512bh query[R][Parts];
+      __m512bh query[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int p = 0; p < Parts; ++p) query[r][p] = load_pairs(queries + (Parts * r + p) * size + d);
-      }
+      for (int r = 0; r < R; ++r) query[r] = load_pairs(queries + r * size + d);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
         const __m512bh key = load_pairs(static_cast<const bf16 *>(keys[j + k]) + d);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-          for (int p = Parts - 1; p >= 0; --p) sums[r * K + k] = dot_pairs(query[r][p], key, sums[r * K + k]);
-        }
+        for (int r = 0; r < R; ++r) sums[r * K + k] = dot_pairs(query[r], key, sums[r * K + k]);
       }
     }
     float flat[R * K];

@@ -111,14 +111,6 @@ void multiply_columns(const Groups &groups, const PackedRows<bf16> &x, int64_t t
   }
 }
 
-template <int MT = kColumnTokens, class F>
-VLLM_MS_INLINE void with_tokens(int64_t count, F function) {
-  if constexpr (MT > 0) {
-    if (count == MT) return function(std::integral_constant<int, MT>());
-    with_tokens<MT - 1>(count, function);
-  }
-}
-
 template <class Groups>
 void multiply_groups(const Groups &groups, const BlockRows<bf16_columns> &block, const PackedRows<bf16> &x,
                      NextBlock &next, float *sums) {
@@ -127,7 +119,7 @@ void multiply_groups(const Groups &groups, const BlockRows<bf16_columns> &block,
     const int64_t end = min64(begin + kColumnPanel, block.k);
     for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
       const int64_t count = (x.count - token + passes - pass - 1) / (passes - pass);
-      with_tokens(count, [&](auto tokens) {
+      with_count<kColumnTokens>(count, [&](auto tokens) {
         multiply_columns<tokens()>(groups, x, token, begin, end, next, sums);
       });
       token += count;

@@ -29,7 +29,7 @@ VLLM_MS_INLINE void score_dot(const bf16 *query, int64_t size, int64_t rows, con
   for (int64_t j = 0; j < end; j += kLanes) {
     for_row_groups(rows, [&](auto R, int64_t row) {
       const int64_t from = lines * row / rows, to = lines * (row + R.value) / rows;
-      score_pairs<R.value, 1>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys,
+      score_pairs<R.value>(query + row * size, keys, j, j + kLanes, size, scores + row * kTileKeys,
                               {ahead.rows, ahead.offset + from * kLine, (to - from) * kLine});
     });
   }

@@ -1,6 +1,8 @@
 // bf16 in pairs, as the dot products of AVX512-BF16 take them: what the products and both kinds of attention share.
 #pragma once
 
+#include <type_traits>
+
 #include "../vec.h"
 
 #if defined(__AVX512BF16__)
@@ -45,6 +47,15 @@ struct Pairing {
 // sum + a . b, lane by lane
 VLLM_MS_INLINE Vec dot_pairs(__m512bh a, __m512bh b, Vec sum) {
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
+}
+
+// Calls function(std::integral_constant<int, count>) for a count of 1 to `Most`.
+template <int Most, class F>
+VLLM_MS_INLINE void with_count(int64_t count, F function) {
+  if constexpr (Most > 0) {
+    if (count == Most) return function(std::integral_constant<int, Most>());
+    with_count<Most - 1>(count, function);
+  }
 }
 
 // To bf16 by the processor's own rounding, which takes subnormal numbers for zero.
