@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "columns.h"
 #include "kernels/activation.h"
 #include "kernels/linear.h"
 #include "kernels/linear_quantized.h"
@@ -66,6 +67,13 @@ void report(const std::string &name, double seconds, double bytes, double operat
   std::fflush(stdout);
 }
 
+// Matrices [n, k] of bf16 as the engine has them: in columns where the kernels read these.
+Weight arranged(char *data, int64_t matrices, int64_t n, int64_t k) {
+  if (!columns_supported()) return {data, DType::bf16};
+  arrange_columns(reinterpret_cast<bf16 *>(data), matrices, n, k);
+  return {data, DType::bf16_columns};
+}
+
 struct Shape {
   const char *name;
   int64_t n, k;
@@ -81,16 +89,17 @@ void linear_layers() {
     reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
   }
   for (const Shape &shape : shapes) {
+    const int64_t bytes = shape.n * shape.k * 2, copies = kMemory / bytes;
+    const Weight first = arranged(weights, copies, shape.n, shape.k);
     for (int64_t m : {1, 8, 32, 64, 128, 512}) {
       if (shape.n > 100000 && m > 64) continue;
       const std::vector<float> x(m * shape.k, 0.5f);
       std::vector<float> out(m * shape.n);
-      const int64_t bytes = shape.n * shape.k * 2, copies = kMemory / bytes;
       const double seconds = median_seconds([&] {
         for (int64_t i = 0; i < copies; ++i) {
           LinearArgs args{};
           args.x = x.data();
-          args.weight = {weights + i * bytes, DType::bf16};
+          args.weight = {weights + i * bytes, first.dtype};
           args.out = out.data();
           args.m = m;
           args.n = shape.n;
@@ -114,6 +123,8 @@ void experts() {
   for (int64_t i = 0; i < kExperts * kExpert / 2; ++i) {
     reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
   }
+  const Weight w13 = arranged(weights, kExperts, 2 * kInter, kHidden);
+  const Weight w2 = arranged(weights + kExperts * 2 * kInter * kHidden * 2, kExperts, kHidden, kInter);
   for (int64_t tokens : {1, 4, 16, 64, 256, 1024}) {
     constexpr int64_t kRoutings = 16;
     std::vector<float> routing(kRoutings * tokens * 2 * kTopK, 0.1f);
@@ -139,8 +150,8 @@ void experts() {
         MoeExpertsArgs args{};
         args.x = x.data();
         args.routing = routing.data() + i * tokens * 2 * kTopK;
-        args.w13 = {weights, DType::bf16};
-        args.w2 = {weights + kExperts * 2 * kInter * kHidden * 2, DType::bf16};
+        args.w13 = w13;
+        args.w2 = w2;
         args.out = out.data();
         args.tokens = tokens;
         args.top_k = kTopK;
