@@ -46,8 +46,8 @@ class ReservedZeros(TorchFunctionMode):
 class Population:
     """Makes tensors' memory resident on a thread of its own, with what they hold left as it is.
 
-    The system takes seconds for some GiB, which idle CPUs spend: the thread gives way to others. Where it cannot do this
-    (Linux before 5.14) they stay as they are.
+    The system takes seconds for some GiB, which idle CPUs spend: the thread gives way to others. Where it cannot do
+    this (Linux before 5.14) they stay as they are.
     """
 
     POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h
