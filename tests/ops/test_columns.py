@@ -58,6 +58,8 @@ def test_pairs_of_a_group_of_rows_come_one_after_the_other(shape):
         for group in matrix.split(16):
             expected.append(group.view(len(group), k // 2, 2).transpose(0, 1).reshape(-1))
     assert torch.equal(after.view(-1), torch.cat(expected))
+    columns.arrange(after, back=True)
+    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(

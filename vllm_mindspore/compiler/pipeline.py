@@ -133,6 +133,17 @@ class Compiler:
         names = arrangement.chosen((graph.columns, (item.name for item in graph.weights)) for graph in emitted)
         self.columns = arrangement.arrange(names, weights)
 
+    @contextmanager
+    def in_rows(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """While vLLM reads or writes weights: in the order that it knows."""
+        for name in self.columns:
+            columns.arrange(weights[name].detach(), back=True)
+        try:
+            yield
+        finally:
+            for name in self.columns:
+                columns.arrange(weights[name].detach())
+
     def program(self, name: str, weights: dict[str, torch.Tensor]) -> Program:
         """The program of a lowered graph, on the memory of `weights`."""
         graph = self.graphs[name]

@@ -23,8 +23,8 @@ def fits(shape: tuple[int, ...], parts: int = 1) -> bool:
     return k % 2 == 0 and (n % (parts * GROUP) == 0 if several or parts > 1 else n > 0)
 
 
-def arrange(weight) -> None:
-    """Put a contiguous bf16 torch tensor [..., n, k] into columns, in place.
+def arrange(weight, back: bool = False) -> None:
+    """Put a contiguous bf16 torch tensor [..., n, k] into columns, in place; or `back` into rows.
 
     Raises:
         ValueError: the tensor is of another type, not contiguous, or does not fit.
@@ -39,5 +39,5 @@ def arrange(weight) -> None:
         )
     *several, n, k = weight.shape
     function = build.load().vllm_ms_arrange_columns
-    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 3], None
-    function(weight.data_ptr(), weight.numel() // (n * k) if several else 1, n, k)
+    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int], None
+    function(weight.data_ptr(), weight.numel() // (n * k) if several else 1, n, k, back)

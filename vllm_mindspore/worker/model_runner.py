@@ -105,6 +105,7 @@ class MindSporeModelRunner(CPUModelRunner):
     def _compile_and_profile(self) -> None:
         weights = facts.tensors_of(self.model)
         self.compiler.arrange(weights)
+        self._keep_loading(weights)
         self.step = ModelStep(
             self.compiler.program("model", weights),
             self.compiler.program("logits", weights),
@@ -118,6 +119,16 @@ class MindSporeModelRunner(CPUModelRunner):
             self._run_dummy_step(self.max_num_tokens)
         self.compiler.close()
         self._cleanup_profiling_kv_cache()
+
+    def _keep_loading(self, weights: dict[str, torch.Tensor]) -> None:
+        """Let new weights be loaded into the running model, by `LLM.apply_model`."""
+        load_weights = self.model.load_weights
+
+        def load_in_rows(*args, **kwargs):
+            with self.compiler.in_rows(weights):
+                return load_weights(*args, **kwargs)
+
+        self.model.load_weights = load_in_rows
 
     def _initialize_small_kv_cache(self) -> None:
         config = compat.kv_cache_config(self.vllm_config, kv_groups.of_model(self.vllm_config), num_blocks=2)

@@ -29,8 +29,8 @@ VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
 
 // See columns.h.
 VLLM_MS_EXPORT int vllm_ms_columns_supported() { return vllm_ms::columns_supported(); }
-VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int64_t n, int64_t k) {
-  vllm_ms::arrange_columns(static_cast<vllm_ms::bf16 *>(weight), matrices, n, k);
+VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int64_t n, int64_t k, int back) {
+  vllm_ms::arrange_columns(static_cast<vllm_ms::bf16 *>(weight), matrices, n, k, back != 0);
 }
 
 // kernels/quantized_weight.h's quantize_weight; dtype: 0 float32, 1 bfloat16, 2 float16.

@@ -9,7 +9,7 @@ namespace vllm_ms {
 
 bool columns_supported() { return isa() == Isa::avx512; }
 
-void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k) {
+void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k, bool back) {
   struct Pair {
     bf16 elements[2];
   };
@@ -22,7 +22,10 @@ void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k) {
       Pair *group = reinterpret_cast<Pair *>(weight + (i / groups * n + row) * k);
       std::copy_n(group, rows * pairs, before);
       for (int64_t p = 0; p < pairs; ++p) {
-        for (int64_t r = 0; r < rows; ++r) group[p * rows + r] = before[r * pairs + p];
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t in_columns = p * rows + r, in_rows = r * pairs + p;
+          group[back ? in_rows : in_columns] = before[back ? in_columns : in_rows];
+        }
       }
     }
   });

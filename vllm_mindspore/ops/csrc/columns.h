@@ -16,7 +16,7 @@ constexpr int64_t kColumnGroup = 16;
 // True where the kernels of the variant in use are faster with weights in columns. Only these can read them.
 bool columns_supported();
 
-// Arranges `matrices` matrices [n, k], one after the other, in place.
-void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k);
+// Puts `matrices` matrices [n, k], one after the other, into columns, in place; or back into rows.
+void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k, bool back = false);
 
 }  // namespace vllm_ms
