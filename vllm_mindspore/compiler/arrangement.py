@@ -15,11 +15,12 @@ from vllm_mindspore.ops.registry import OPERATORS
 Groups = tuple[tuple[str, ...], ...]
 
 
-def readable(nodes: Iterable[Node], inputs: dict[Node, GraphInput], stored: dict[Node, torch.dtype]) -> Groups:
-    """Weights that all their readers in `nodes`, calls of our operators, can read in columns; each with those that an
+def readable(nodes: list[Node], inputs: dict[Node, GraphInput], stored: dict[Node, torch.dtype]) -> Groups:
+    """Weights that only `nodes`, calls of our operators, read, and all of them can in columns; each with those that an
     operator can only read so together with it."""
+    inside = set(nodes)
     groups: set[tuple[str, ...]] = set()
-    blocked: set[str] = set()
+    blocked = {inputs[weight].name for weight in stored if not inside.issuperset(weight.users)}
     for node in nodes:
         weights = {operand for operand in node.all_input_nodes if operand in stored}
         together = _read_in_columns(node) & weights
@@ -64,8 +65,8 @@ def _read_in_columns(node: Node) -> set[Node]:
     operator = OPERATORS[call.operator]
     if operator.columns is None:
         return set()
-    tensors = {item.name: node for item, node in zip(operator.schema.tensors, call.tensors, strict=True) if node}
-    shapes = {name: tuple(value(node).shape) for name, node in tensors.items()}
+    tensors = {item.name: tensor for item, tensor in zip(operator.schema.tensors, call.tensors, strict=True) if tensor}
+    shapes = {name: tuple(value(tensor).shape) for name, tensor in tensors.items()}
     return {tensors[name] for name in operator.columns(shapes, call.attributes)}
 
 

@@ -11,7 +11,7 @@ from vllm_mindspore.compiler.capture import CapturedGraph, GraphInput
 from vllm_mindspore.compiler.expressions import require_mapped
 from vllm_mindspore.compiler.legalize import operator_name, value
 from vllm_mindspore.compiler.network_source import NetworkWriter
-from vllm_mindspore.compiler.recorded_source import Recorded, RecordedWriter, recorded_part
+from vllm_mindspore.compiler.recorded_source import RecordedWriter, recorded_part
 from vllm_mindspore.compiler.segments import find_layers
 
 HEADER = '''"""{title}
@@ -83,20 +83,11 @@ def emit(captured: CapturedGraph, stored: dict[str, torch.dtype], device: str, t
     )
     outputs = tuple(_known_shape(node) for node in captured.results)
     packed = recorded is not None and len(recorded.results) > 1
-    readers = _columns(captured, stored_nodes, recorded)
+    # recorded operators have the weights' addresses, and need not know MindSpore's types
+    columns = () if recorded is None else arrangement.readable(recorded.nodes, inputs, stored_nodes)
     return EmittedGraph(
-        captured.name, source, weights, step_inputs, outputs, packed, readers, len(classes), dict(operators)
+        captured.name, source, weights, step_inputs, outputs, packed, columns, len(classes), dict(operators)
     )
-
-
-def _columns(captured: CapturedGraph, stored: dict[Node, torch.dtype], recorded: Recorded | None) -> arrangement.Groups:
-    """What only the recorded operators read: these have the weights' addresses and need not know MindSpore's types."""
-    if recorded is None:
-        return ()
-    inside, inputs = set(recorded.nodes), captured.placeholders
-    elsewhere = {inputs[node].name for node in stored if not inside.issuperset(node.users)}
-    groups = arrangement.readable(recorded.nodes, inputs, stored)
-    return tuple(group for group in groups if not elsewhere.intersection(group))
 
 
 def _known_shape(node: Node) -> tuple[int | None, ...]:
