@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "coded.h"
 #include "columns.h"
 #include "kernels/activation.h"
 #include "kernels/linear.h"
@@ -71,7 +72,8 @@ void report(const std::string &name, double seconds, double bytes, double operat
 Weight arranged(char *data, int64_t matrices, int64_t n, int64_t k) {
   if (!columns_supported()) return {data, DType::bf16};
   arrange_columns(reinterpret_cast<bf16 *>(data), matrices, n, k);
-  return {data, DType::bf16_columns};
+  const bool coded = encode_columns(reinterpret_cast<bf16_columns *>(data), matrices, n, k, kCodedRarity);
+  return {data, coded ? DType::bf16_coded : DType::bf16_columns};
 }
 
 struct Shape {
@@ -85,11 +87,11 @@ const Shape shapes[] = {{"qkv", 4096, 1024, false}, {"o", 1024, 2048, false}, {"
 void linear_layers() {
   constexpr int64_t kMemory = 640 << 20;
   char *weights = allocate(kMemory);
-  for (int64_t i = 0; i < kMemory / 2; ++i) {
-    reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
-  }
   for (const Shape &shape : shapes) {
     const int64_t bytes = shape.n * shape.k * 2, copies = kMemory / bytes;
+    for (int64_t i = 0; i < kMemory / 2; ++i) {  // anew: the last shape's may be coded
+      reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
+    }
     const Weight first = arranged(weights, copies, shape.n, shape.k);
     for (int64_t m : {1, 8, 32, 64, 128, 512}) {
       if (shape.n > 100000 && m > 64) continue;

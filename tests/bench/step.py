@@ -71,9 +71,10 @@ class Engine:
         self.watch.watch(runner, "_prepare_inputs", "prepare inputs")
         self.watch.watch(runner.model, "forward", "graph")
         self.watch.watch(runner, "sample_tokens", "sample")
+        runner.population.wait()  # it would take CPU from the first steps
 
-    def steps(self, batch: int, context: int, count: int) -> float:
-        """Seconds of `count` decode steps of `batch` requests with prompts of `context` random tokens."""
+    def steps(self, batch: int, context: int, count: int) -> list[float]:
+        """Seconds of each of `count` decode steps of `batch` requests with prompts of `context` random tokens."""
         draw = random.Random(0)
         for i in range(batch):
             prompt = [draw.randrange(self.vocabulary) for _ in range(context)]
@@ -86,10 +87,11 @@ class Engine:
             self.engine.step()
         self.watch.seconds.clear()
         build.load().vllm_ms_measure_steps(1)
-        begin = time.perf_counter()
+        seconds = []
         for _ in range(count):
+            begin = time.perf_counter()
             self.engine.step()
-        seconds = time.perf_counter() - begin
+            seconds.append(time.perf_counter() - begin)
         build.load().vllm_ms_measure_steps(0)
         self.parts, self.operators = dict(self.watch.seconds), operators()
         while self.engine.has_unfinished_requests():
@@ -98,7 +100,7 @@ class Engine:
 
 
 def report(engine: Engine, batch: int, context: int, count: int) -> None:
-    total = engine.steps(batch, context, count)
+    total = sum(engine.steps(batch, context, count))
     parts = engine.parts
     parts["rest of running the model"] = parts.pop("run the model") - parts["prepare inputs"] - parts["graph"]
     parts["rest of the engine"] = total - sum(parts.values())

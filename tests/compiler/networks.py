@@ -38,14 +38,14 @@ def lowered(function, tensors: list[torch.Tensor], weights: dict[str, torch.Tens
 
 def run(
     folder: Path, function, *tensors: torch.Tensor, weights: dict[str, torch.Tensor] | None = None, eager: bool = True,
-    passes: bool = True, sizes: list[int] | None = None, columns: frozenset[str] = frozenset(),
+    passes: bool = True, sizes: list[int] | None = None, columns: dict[str, bool] | None = None,
 ):  # fmt: skip
     """MindSpore's results of `function`: a tensor or a tuple. With `sizes`, one result per first size of the inputs."""
     weights = weights or {}
     emitted, constants = lowered(function, list(tensors), weights, passes)
     path = folder / f"network{next(_numbers)}.py"
     path.write_text(emitted.source)
-    program = Program(emitted, path, {**weights, **constants}, eager, columns)
+    program = Program(emitted, path, {**weights, **constants}, eager, columns or {})
     if not eager:
         program.compile([((None, *tensor.shape[1:]), tensor.dtype) for tensor in tensors], lambda: None)
     results = [

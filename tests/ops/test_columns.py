@@ -28,7 +28,7 @@ def weight(*shape: int, seed: int = 0) -> torch.Tensor:
 class Recorded:
     """One operator on `inputs` of a step and on weights, of which those named in `turned` are put into columns."""
 
-    def __init__(self, operator: str, operands: list, turned: tuple[int, ...], **attributes):
+    def __init__(self, operator: str, operands: list, turned: tuple[int, ...], coded: bool = False, **attributes):
         run, self.kept = Recorder(), []
         recorded = []
         for number, operand in enumerate(operands):
@@ -37,7 +37,8 @@ class Recorded:
                 parameter = shared_parameter(self.kept[-1], f"w{number}")
                 if number in turned:
                     columns.arrange(self.kept[-1])
-                    in_columns(parameter)
+                    assert not coded or columns.encode(self.kept[-1], rarity=1)
+                    in_columns(parameter, coded)
                 operand = parameter
             recorded.append(operand)
         names = [operand for operand in operands if isinstance(operand, str)]
@@ -166,3 +167,106 @@ def test_experts_are_right_and_independent_of_the_batch(experts, hidden, inter, 
         assert relative_error(found, expected) < 3e-3, "of which the rounding of what is between the products is most"
         for t in range(min(tokens, 6)):
             np.testing.assert_array_equal(op(x[t : t + 1], routing[t : t + 1]).asnumpy(), found[t : t + 1].asnumpy())
+
+
+def odd(*shape: int, seed: int = 0) -> torch.Tensor:
+    """As weight(), with a few values of unusual exponents: zeros, tiny and huge ones, infinity and NaN."""
+    values = weight(*shape, seed=seed)
+    flat, generator = values.view(-1), torch.Generator().manual_seed(seed + 1)
+    specials = [0.0, -0.0, 1e-38, -1e-40, 3e38, float("inf"), float("-inf"), float("nan"), 2.0**-60]
+    places = torch.randperm(len(flat), generator=generator)[: max(1, len(flat) // 300)]
+    flat[places] = torch.tensor([specials[i % len(specials)] for i in range(len(places))]).to(torch.bfloat16)
+    return values
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 36), (160, 1024), (3, 32, 100), (16, 5000)])
+def test_coded_values_come_back_as_they_were(shape):
+    before = odd(*shape)
+    after = before.clone()
+    columns.arrange(after)
+    turned = after.clone()
+    assert columns.encode(after, rarity=1)
+    *_, n, k = shape
+    assert not same_bits(after, turned)
+    columns.decode(after)
+    assert same_bits(after, turned)
+    columns.arrange(after, back=True)
+    assert same_bits(after, before)
+
+
+def test_the_codes_are_what_is_said():
+    turned = weight(16, 16)
+    columns.arrange(turned)
+    coded = turned.clone()
+    assert columns.encode(coded)
+    memory = coded.view(torch.uint8).view(-1).numpy()
+    bits = turned.view(torch.int16).view(-1).numpy().astype(np.uint16)
+    np.testing.assert_array_equal(memory[:256], (bits >> 8 & 0x80) | (bits & 0x7F))
+    codes = memory[256:384].reshape(4, 32)
+    codes = np.stack([codes & 15, codes >> 4], 1).reshape(-1)
+    exponents = memory[384:448].view(np.uint16)
+    np.testing.assert_array_equal(exponents[codes], bits & 0x7F80)
+    np.testing.assert_array_equal(exponents[:16], exponents[16:])
+    assert memory[448:452].view(np.uint32) == 0xFFFFFFFF
+
+
+SPREAD = weight(64, 1024)
+SPREAD[:, ::300] *= torch.logspace(-30, -10, 64)[:, None]
+
+
+@pytest.mark.parametrize(
+    "values", [weight(17, 64), weight(16, 66), weight(16, 8), SPREAD, weight(32, 64) * torch.logspace(-30, 30, 64)],
+    ids=["rows left over", "half a quad", "no room", "too many exceptions", "no room for exceptions"],
+)  # fmt: skip
+def test_what_cannot_be_coded_is_left_alone(values):
+    values = values.to(torch.bfloat16)
+    before = values.clone()
+    assert not columns.encode(values)
+    assert same_bits(values, before)
+
+
+@read
+@pytest.mark.parametrize("activation", ["", "silu_and_mul"])
+@pytest.mark.parametrize(("n", "k"), [(32, 16), (48, 36), (96, 260), (160, 1024), (64, 8264)])
+def test_linear_of_coded_weights_has_the_bits_of_columns(n, k, activation):
+    w = weight(n, k) if activation else odd(n, k)
+    if activation and n % 32:
+        pytest.skip("gate and up would share a group of rows")
+    settings = {**LINEAR, "activation": activation}
+    operands = ["x", w, None, None, None, None]
+    plain, coded = (Recorded("linear", operands, (1,), form, **settings) for form in (False, True))
+    rng = np.random.default_rng(0)
+    for tokens in (0, 1, 2, 3, 7, 12, 13, 25, 40, 90):
+        x = rng.standard_normal((tokens, k)).astype(np.float32)
+        np.testing.assert_array_equal(coded(x).asnumpy(), plain(x).asnumpy())
+
+
+@read
+def test_embedding_of_a_coded_table_gives_the_rows():
+    table = odd(48, 132)
+    op = Recorded("embedding", ["ids", table], (1,), coded=True)
+    ids = np.array([*range(48), -1, 48], np.int64)
+    found = op(ids).asnumpy()
+    np.testing.assert_array_equal(found[:48].view(np.int32), table.float().numpy().view(np.int32))
+    assert not found[48:].any()
+
+
+@read
+@pytest.mark.parametrize("activation", ["silu_and_mul", "silu"])
+@pytest.mark.parametrize(("experts", "hidden", "inter", "top_k"), [(1, 32, 16, 1), (8, 48, 48, 2), (5, 160, 16, 5)])
+def test_coded_experts_have_the_bits_of_columns(experts, hidden, inter, top_k, activation):
+    gated = activation.endswith("_and_mul")
+    w13, w2 = weight(experts, (2 if gated else 1) * inter, hidden), odd(experts, hidden, inter, seed=1)
+    operands = ["x", "routing", w13, w2, None, None, None, None, None]
+    settings = {**EXPERTS, "activation": activation}
+    plain, coded = (Recorded("moe_experts", operands, (2, 3), form, **settings) for form in (False, True))
+    rng = np.random.default_rng(experts)
+    for tokens in (0, 1, 6, 70):
+        x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+        ids = [rng.permutation(experts)[:top_k] for _ in range(tokens)]
+        routing = np.array([[*chosen, *rng.random(top_k)] for chosen in ids], np.float32).reshape(tokens, 2 * top_k)
+        np.testing.assert_array_equal(coded(x, routing).asnumpy(), plain(x, routing).asnumpy())

@@ -32,32 +32,73 @@ def readable(nodes: list[Node], inputs: dict[Node, GraphInput], stored: dict[Nod
     return _without(groups, blocked)
 
 
-def chosen(graphs: Iterable[tuple[Groups, Iterable[str]]]) -> set[str]:
+def chosen(graphs: Iterable[tuple[Groups, Iterable[str]]]) -> Groups:
     """The weights to put into columns. graphs: of each, what `readable` gave and the names of all its weights."""
     graphs = [(groups, set(names)) for groups, names in graphs]
     blocked = {name for groups, names in graphs for name in names - {one for group in groups for one in group}}
-    groups = {group for groups, _ in graphs for group in groups}
-    return {name for group in _without(groups, blocked) for name in group}
+    return _without({group for groups, _ in graphs for group in groups}, blocked)
 
 
-def arrange(names: set[str], weights: dict[str, torch.Tensor]) -> frozenset[str]:
-    """Put those of `names` into columns that are alone in their memory; returns these.
+def arrange(groups: Groups, weights: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """Put those weights into columns that are alone in their memory, and code those groups where that pays.
 
-    weights: all tensors of the model by name.
+    groups: from `chosen`. weights: all tensors of the model by name. Returns what is in columns, and whether it is
+    coded.
     """
     if not columns.supported():
-        return frozenset()
+        return {}
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in weights.values())
-    alone = {
-        name
-        for name in names
-        if weights[name].is_contiguous()
-        and weights[name].nbytes == weights[name].untyped_storage().nbytes()
-        and owners[weights[name].untyped_storage().data_ptr()] == 1
-    }
-    for name in alone:
-        columns.arrange(weights[name].detach())
-    return frozenset(alone)
+    shared = {name for name, tensor in weights.items() if not _is_alone(tensor, owners)}
+    arranged: dict[str, bool] = {}
+    for group in _joined(_without(set(groups), shared)):
+        tensors = [weights[name].detach() for name in group]
+        for tensor in tensors:
+            columns.arrange(tensor)
+        coded = [tensor for tensor in tensors if columns.encode(tensor)]
+        if len(coded) < len(tensors):
+            for tensor in coded:
+                columns.decode(tensor)
+        arranged.update(dict.fromkeys(group, len(coded) == len(tensors)))
+    return arranged
+
+
+def to_rows(arranged: dict[str, bool], weights: dict[str, torch.Tensor]) -> None:
+    """Undo `arrange`."""
+    for name, coded in arranged.items():
+        tensor = weights[name].detach()
+        if coded:
+            columns.decode(tensor)
+        columns.arrange(tensor, back=True)
+
+
+def from_rows(arranged: dict[str, bool], weights: dict[str, torch.Tensor]) -> None:
+    """Arrange weights with other values as they were: running operators rely on it.
+
+    Raises:
+        ValueError: the new values cannot be coded.
+    """
+    for name, coded in arranged.items():
+        tensor = weights[name].detach()
+        columns.arrange(tensor)
+        if coded and not columns.encode(tensor, rarity=1):
+            raise ValueError(
+                f"new values of {name}: their exponents differ too much from each other to take the place of the "
+                "present ones, which are coded in fewer bits. Load them into a new engine."
+            )
+
+
+def _is_alone(tensor: torch.Tensor, owners: Counter) -> bool:
+    storage = tensor.untyped_storage()
+    return tensor.is_contiguous() and tensor.nbytes == storage.nbytes() and owners[storage.data_ptr()] == 1
+
+
+def _joined(groups: Groups) -> list[set[str]]:
+    """Groups that have members in common as one."""
+    joined: list[set[str]] = []
+    for group in groups:
+        touching = [other for other in joined if other.intersection(group)]
+        joined = [other for other in joined if other not in touching] + [set(group).union(*touching)]
+    return joined
 
 
 def _read_in_columns(node: Node) -> set[Node]:

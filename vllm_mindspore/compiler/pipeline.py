@@ -93,7 +93,7 @@ class Compiler:
         self.key = cache.content_key({**facts, **signature})
         self.graphs: dict[str, LoweredGraph] = {}
         self.constants: dict[str, torch.Tensor] = {}
-        self.columns: frozenset[str] = frozenset()
+        self.columns: dict[str, bool] = {}
         self.from_cache = False
         self.seconds = 0.0
         self._resources = ExitStack()
@@ -130,19 +130,24 @@ class Compiler:
         weights: all tensors of the model by name, with their final values.
         """
         emitted = [graph.emitted for graph in self.graphs.values()]
-        names = arrangement.chosen((graph.columns, (item.name for item in graph.weights)) for graph in emitted)
-        self.columns = arrangement.arrange(names, weights)
+        groups = arrangement.chosen((graph.columns, (item.name for item in graph.weights)) for graph in emitted)
+        begin = time.perf_counter()
+        self.columns = arrangement.arrange(groups, weights)
+        logger.info(
+            "%d weights in columns, %d of them coded in 12 bits, in %.1f s",
+            len(self.columns),
+            sum(self.columns.values()),
+            time.perf_counter() - begin,
+        )
 
     @contextmanager
     def in_rows(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
         """While vLLM reads or writes weights: in the order that it knows."""
-        for name in self.columns:
-            columns.arrange(weights[name].detach(), back=True)
+        arrangement.to_rows(self.columns, weights)
         try:
             yield
         finally:
-            for name in self.columns:
-                columns.arrange(weights[name].detach())
+            arrangement.from_rows(self.columns, weights)
 
     def program(self, name: str, weights: dict[str, torch.Tensor]) -> Program:
         """The program of a lowered graph, on the memory of `weights`."""

@@ -6,9 +6,10 @@
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from vllm.logger import init_logger
@@ -59,10 +60,10 @@ class Program:
         path: Path,
         weights: dict[str, torch.Tensor],
         eager: bool,
-        columns: frozenset[str] = frozenset(),
+        columns: Mapping[str, bool] = MappingProxyType({}),
     ):
-        """weights: torch tensors by name, shared with MindSpore, never copied. eager: run in PyNative. columns: names
-        of the weights that are in columns.
+        """weights: torch tensors by name, shared with MindSpore, never copied. eager: run in PyNative. columns: the
+        weights that are in columns, and whether these are coded.
 
         Raises:
             KeyError: a weight the network reads is missing.
@@ -79,9 +80,9 @@ class Program:
             item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr()
             for item in emitted.weights
         }
-        self.columns = columns.intersection(parameters)
-        for name in self.columns:
-            in_columns(parameters[name])
+        self.columns = {name: coded for name, coded in columns.items() if name in parameters}
+        for name, coded in self.columns.items():
+            in_columns(parameters[name], coded)
         self.network = load_module(path).Network(parameters)
         self.network.set_train(False)
         self._run = self.network.construct

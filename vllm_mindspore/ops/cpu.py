@@ -11,6 +11,7 @@ from vllm_mindspore.ops.operator import Operator
 from vllm_mindspore.ops.registry import OPERATORS
 
 TABLE = "addresses_of_weights"
+CODED = 1  # wrappers/sequence.cc
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,9 +104,9 @@ class Recorder:
         return primitive, ParameterTuple((_address_table(list(self._parameters.values())),))
 
 
-def in_columns(parameter: Any) -> Any:
-    """The Parameter, known to have its values in columns (`ops/columns.py`) wherever it is recorded."""
-    parameter.in_columns = True
+def in_columns(parameter: Any, coded: bool = False) -> Any:
+    """The Parameter, known to have its values in columns (`ops/columns.py`), or also coded, wherever it is recorded."""
+    parameter.in_columns, parameter.coded = True, coded
     return parameter
 
 
@@ -115,11 +116,17 @@ def _storage(parameter: Any) -> str:
 
 
 def _address_table(parameters: list) -> Any:
-    """The addresses of the parameters' memory, [len(parameters)] int64; they live as long as it does."""
+    """The addresses of the parameters' memory, [len(parameters)] int64; they live as long as it does.
+
+    CODED is added for weights with coded exponents: that depends on their values, of which a compiled graph knows
+    nothing.
+    """
     import numpy as np
     from mindspore import Parameter, Tensor
 
-    addresses = np.array([parameter.asnumpy().ctypes.data for parameter in parameters], np.int64)
+    coded = [CODED * getattr(parameter, "coded", False) for parameter in parameters]
+    places = [parameter.asnumpy().ctypes.data for parameter in parameters]
+    addresses = np.array(places, np.int64) + np.array(coded, np.int64)
     table = Parameter(Tensor(addresses), name=TABLE, requires_grad=False)
     table.addressed = tuple(parameters)
     return table

@@ -35,7 +35,7 @@ class MindSporeModelRunner(CPUModelRunner):
             scheduler.async_scheduling = asynchronous
         sampling.use_kernels(self.sampler)
         self.compile_seconds = 0.0
-        self._population: huge_pages.Population | None = None
+        self.population: huge_pages.Population | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Instantiate vLLM's model, capture and lower its graphs, and only then read the weights.
@@ -170,7 +170,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def warm_up(self) -> None:
         """One small step on the real KV cache: nothing is compiled any more. The cache becomes resident meanwhile."""
-        self._population = huge_pages.Population(self.kv_caches)
+        self.population = huge_pages.Population(self.kv_caches)
         self._run_dummy_step(min(self.max_num_tokens, 16))
 
     def _run_dummy_step(self, num_tokens: int) -> None:
@@ -193,6 +193,7 @@ class MindSporeModelRunner(CPUModelRunner):
                 "weights": len(program.shared),
                 "weights_shared": sum(program.shared.values()),
                 "weights_in_columns": len(program.columns),
+                "weights_coded": sum(program.columns.values()),
             }
             for name, program in (("model", self.step.model), ("logits", self.step.logits))
         }
@@ -202,7 +203,7 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def shutdown(self) -> None:
         """Release weights, KV caches and graphs."""
-        if self._population is not None:
-            self._population.stop()
-        self.step = self._population = None
+        if self.population is not None:
+            self.population.stop()
+        self.step = self.population = None
         super().shutdown()

@@ -169,7 +169,7 @@ inline void require_float(const Tensor &t, const char *name) {
 
 // A matrix of a type that the kernels of linear layers read.
 inline void require_matrix_weight(const Tensor &t, const char *name) {
-  if (t.dtype != DType::bf16_columns) return require_float(t, name);
+  if (t.dtype != DType::bf16_columns && t.dtype != DType::bf16_coded) return require_float(t, name);
   require(columns_supported(), name, ": in columns, which ", isa_name(isa()), " does not read");
 }
 

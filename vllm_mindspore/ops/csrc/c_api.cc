@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <exception>
 
+#include "coded.h"
 #include "columns.h"
 #include "isa.h"
 #include "kernels/quantized_weight.h"
@@ -29,8 +30,16 @@ VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
 
 // See columns.h.
 VLLM_MS_EXPORT int vllm_ms_columns_supported() { return vllm_ms::columns_supported(); }
-VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int64_t n, int64_t k, int back) {
+VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int64_t n, int64_t k, int64_t back) {
   vllm_ms::arrange_columns(static_cast<vllm_ms::bf16 *>(weight), matrices, n, k, back != 0);
+}
+
+// See coded.h.
+VLLM_MS_EXPORT int vllm_ms_encode_columns(void *weight, int64_t matrices, int64_t n, int64_t k, int64_t rarity) {
+  return vllm_ms::encode_columns(static_cast<vllm_ms::bf16_columns *>(weight), matrices, n, k, rarity);
+}
+VLLM_MS_EXPORT void vllm_ms_decode_columns(void *weight, int64_t matrices, int64_t n, int64_t k) {
+  vllm_ms::decode_columns(static_cast<vllm_ms::bf16_columns *>(weight), matrices, n, k);
 }
 
 // kernels/quantized_weight.h's quantize_weight; dtype: 0 float32, 1 bfloat16, 2 float16.

@@ -8,7 +8,7 @@
 
 namespace vllm_ms {
 
-enum class DType : int32_t { f32, bf16, fp16, i32, i64, u8, other, bf16_columns };
+enum class DType : int32_t { f32, bf16, fp16, i32, i64, u8, other, bf16_columns, bf16_coded };
 
 struct bf16 {
   uint16_t bits;
@@ -18,6 +18,10 @@ struct fp16 {
 };
 // A bf16 of a weight that is arranged in columns, see columns.h.
 struct bf16_columns {
+  uint16_t bits;
+};
+// The memory that such a one would take, in a weight with coded exponents, see coded.h.
+struct bf16_coded {
   uint16_t bits;
 };
 

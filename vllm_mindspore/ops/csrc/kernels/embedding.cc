@@ -1,6 +1,6 @@
 #include "embedding.h"
 
-#include "../columns.h"
+#include "../coded.h"
 #include "../parallel.h"
 #include "../vec.h"
 
@@ -26,6 +26,17 @@ void convert_columns(const bf16 *table, int64_t vocabulary, int64_t id, float *o
   }
 }
 
+// The same, of a table with coded exponents.
+void convert_coded(const bf16 *table, int64_t id, float *out, int64_t width) {
+  const int64_t lane = id % kColumnGroup;
+  const CodedGroup group(table + (id - lane) * width, width);
+  const auto value = [](uint16_t bits) { return to_float(bf16{bits}); };
+  for (int64_t k = 0; k < width; ++k) out[k] = value(group.bits(k, 2 * lane + k % 2));
+  for (const CodedException *one = group.exceptions; one->k != CodedException::kNoMore; ++one) {
+    if (one->place / 2 == lane) out[one->k + one->place % 2] = value(one->bits);
+  }
+}
+
 }  // namespace
 
 void embedding(const EmbeddingArgs &args) {
@@ -42,6 +53,10 @@ void embedding(const EmbeddingArgs &args) {
       }
       if (args.weight.dtype == DType::bf16_columns) {
         convert_columns(static_cast<const bf16 *>(args.weight.data), args.vocabulary, id, out, args.width);
+        continue;
+      }
+      if (args.weight.dtype == DType::bf16_coded) {
+        convert_coded(static_cast<const bf16 *>(args.weight.data), id, out, args.width);
         continue;
       }
       VLLM_MS_DISPATCH_FLOAT(args.weight.dtype, T, {

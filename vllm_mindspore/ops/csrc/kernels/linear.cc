@@ -55,6 +55,7 @@ void linear(const LinearArgs &args) {
   if (args.m == 0 || args.n == 0) return;
 #if defined(__AVX512BF16__)
   if (args.weight.dtype == DType::bf16_columns) return run<bf16_columns>(args);
+  if (args.weight.dtype == DType::bf16_coded) return run<bf16_coded>(args);
 #endif
 #if defined(__AMX_BF16__)
   if (args.weight.dtype == DType::bf16 && args.k > 0) return linear_amx(args);

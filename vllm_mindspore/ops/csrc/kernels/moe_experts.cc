@@ -173,7 +173,7 @@ template <class T, class X>
 void second_product(const MoeExpertsArgs &args, const MoePlan &plan, const SlotRows<X> &hidden, int64_t first,
                     int64_t tokens) {
   ExpertLayer<T> layer{static_cast<const T *>(args.w2.data), args.width, args.inter, args.width, kBlock, false, false};
-  constexpr int64_t kNarrowest = std::is_same<T, bf16_columns>::value ? kColumnGroup : kTileRows;
+  constexpr int64_t kNarrowest = kInColumns<T> ? kColumnGroup : kTileRows;
   while (layer.block > kNarrowest && layer.blocks() < kPiecesPerThread * num_threads()) layer.block /= 2;
   float *out = args.out + first * args.width;
   parallel_for(layer.blocks(), 1, [&](int64_t begin, int64_t end) {
@@ -222,6 +222,7 @@ void moe_experts(const MoeExpertsArgs &args) {
   if (args.tokens == 0 || args.width == 0) return;
 #if defined(__AVX512BF16__)
   if (args.w13.dtype == DType::bf16_columns) return run<bf16_columns>(args);
+  if (args.w13.dtype == DType::bf16_coded) return run<bf16_coded>(args);
 #endif
   VLLM_MS_DISPATCH_FLOAT(args.w13.dtype, T, { run<T>(args); });
 }

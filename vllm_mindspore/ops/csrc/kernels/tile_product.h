@@ -12,6 +12,9 @@
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 
+template <class T>
+constexpr bool kInColumns = std::is_same<T, bf16_columns>::value || std::is_same<T, bf16_coded>::value;
+
 constexpr int64_t kPanelBytes = 16 << 10;  // of one tile's weights, to stay in the first-level cache
 constexpr int64_t kPanelTokens = 4;        // from here on a tile's weights are read panel by panel
 

@@ -21,8 +21,10 @@ struct Operand {
 };
 
 // A tensor that is not an input of its own: MindSpore takes about a microsecond for each, with cold caches several. Its
-// address is in a table that is the sequence's last input.
+// address is in a table that is the sequence's last input; plus kCoded if its type, in columns, has coded exponents,
+// which depends on its values.
 struct FixedTensor {
+  static constexpr int64_t kCoded = 1;
   DType dtype;
   Shape shape;
 };
@@ -175,7 +177,9 @@ struct SequenceOp {
     result.rank = static_cast<int>(weights[index].shape.size());
     result.dims = weights[index].shape.data();
     const int64_t *table = in[inputs - 1].as<int64_t>();
-    if (table != nullptr) result.data = reinterpret_cast<void *>(table[index]);
+    if (table == nullptr) return result;
+    result.data = reinterpret_cast<void *>(table[index] & ~FixedTensor::kCoded);
+    if (result.dtype == DType::bf16_columns && (table[index] & FixedTensor::kCoded) != 0) result.dtype = DType::bf16_coded;
     return result;
   }
 
