@@ -299,6 +299,17 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
 #endif
 
 #if defined(VLLM_MS_ATTENTION_BF16)
+// Calls body(rows, row) for groups of up to `Most` rows, about equally many in each.
+template <int Most, class Body>
+VLLM_MS_INLINE void for_equal_groups(int64_t rows, Body body) {
+  const int64_t groups = (rows + Most - 1) / Most;
+  for (int64_t i = 0, row = 0; i < groups; ++i) {
+    const int64_t count = (rows - row + groups - i - 1) / (groups - i);
+    with_count<Most>(count, [&](auto R) { body(R, row); });
+    row += count;
+  }
+}
+
 // As attend, for a cache that fits_bf16.
 VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head) {
   const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
@@ -307,10 +318,19 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
   bf16 *weights = t.work.weights + first * kTileKeys;
   bf16 *values = reinterpret_cast<bf16 *>(t.work.values);
   const KeyRange *ranges = t.work.ranges;
-  for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
-    score_pairs<R.value>(queries + row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
-                         scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
-  });
+  if (t.rows_per_head >= kTurnRows) {
+    bf16 *keys = reinterpret_cast<bf16 *>(t.work.keys);
+    turn_keys(tile.keys, tile.begin, tile.end, size, {tile.ahead, 0, tile.half_bytes}, keys);
+    for_equal_groups<kScoreRows>(t.rows_per_head, [&](auto R, int64_t row) {
+      score_turned<R()>(queries + row * size, keys, ranges[row].begin, ranges[row + R() - 1].end, size,
+                        scores + row * kTileKeys);
+    });
+  } else {
+    for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {
+      score_pairs<R.value>(queries + row * size, tile.keys, ranges[row].begin, ranges[row + R.value - 1].end, size,
+                           scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
+    });
+  }
   for (int64_t row = 0; row < t.rows_per_head; ++row) {
     const bool seen = ranges[row].begin < ranges[row].end;
     if (seen) {
@@ -324,16 +344,11 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
   if (t.rows_per_head > kFewRows) {
     pair_values(tile.values, tile.begin / 2 * 2, (tile.end + 1) / 2 * 2, size,
                 {tile.ahead, tile.half_bytes, tile.half_bytes}, values);
-    const int64_t groups = (t.rows_per_head + kValueRows - 1) / kValueRows;
-    for (int64_t i = 0, row = 0; i < groups; ++i) {  // about equally many rows in each
-      const int64_t rows = (t.rows_per_head - row + groups - i - 1) / (groups - i);
-      const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + rows - 1].end + 1) / 2 * 2;
-      with_count<kValueRows>(rows, [&](auto R) {
-        accumulate_rows_paired<R()>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, values, begin,
-                                    end, size);
-      });
-      row += rows;
-    }
+    for_equal_groups<kValueRows>(t.rows_per_head, [&](auto R, int64_t row) {
+      const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + R() - 1].end + 1) / 2 * 2;
+      accumulate_rows_paired<R()>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, values, begin, end,
+                                  size);
+    });
     return;
   }
   for_row_groups(t.rows_per_head, [&](auto R, int64_t row) {

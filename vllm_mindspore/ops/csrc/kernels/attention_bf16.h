@@ -19,10 +19,72 @@ VLLM_MS_INLINE bool fits_bf16(const KvCache &cache) {
 }
 
 constexpr int kValueRows = 6;      // with four vectors of dimensions: 24 sums in registers
+constexpr int kScoreRows = 6;      // with four vectors of sums each, on their way to one
 constexpr int64_t kFewRows = 4;    // up to here values are read where they are
+constexpr int64_t kTurnRows = 12;  // from here on it pays to turn the keys
 
 VLLM_MS_INLINE void round_query(const float *query, int64_t size, bf16 *out) {
   for (int64_t d = 0; d < size; d += kLanes) store_rounded(out + d, load(query + d));
+}
+
+// Keys from the last multiple of 16 up to `begin` on, a key a lane: [kTileKeys / 16][size / kPairs][16 pairs][16 keys][2].
+VLLM_MS_NOINLINE void turn_keys(const void *const *keys, int64_t begin, int64_t end, int64_t size, Ahead ahead,
+                                bf16 *out) {
+  for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+    for (int64_t d = 0; d < size; d += kPairs) {
+      __m512i rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = _mm512_loadu_si512(static_cast<const bf16 *>(keys[j + i]) + d);
+      transpose16(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) _mm512_store_si512(out + j * size + (d + 2 * i) * kLanes, rows[i]);
+    }
+    for (int i = 0; i < kLanes; ++i) prefetch(ahead, j + i);
+  }
+}
+
+// As score_pairs, bit for bit, with keys that turn_keys has turned: a sum over lanes there is one over vectors here, in
+// the order of sum_each.
+template <int R>
+VLLM_MS_NOINLINE void score_turned(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size,
+                                   float *scores) {
+  for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+    const bf16 *block = keys + j * size;
+    // What is one lane's sum there.
+    const auto lane = [&](int l, Vec(&sum)[R]) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) sum[r] = zero();
+      for (int64_t d = 0; d < size; d += kPairs) {
+        const __m512bh key = load_pairs(block + (d + 2 * l) * kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) sum[r] = dot_pairs(repeat_pair(queries + r * size + d + 2 * l), key, sum[r]);
+      }
+    };
+    Vec total[R];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vec halves[R];
+#pragma GCC unroll 2
+      for (int quarter = 0; quarter < 2; ++quarter) {
+        Vec quad[R];
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          const int l = 8 * half + 4 * quarter + odd;
+          Vec first[R], second[R];
+          lane(l, first);
+          lane(l + 2, second);
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) quad[r] = odd == 0 ? first[r] + second[r] : quad[r] + (first[r] + second[r]);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) halves[r] = quarter == 0 ? quad[r] : halves[r] + quad[r];
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) total[r] = half == 0 ? halves[r] : total[r] + halves[r];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) store(scores + r * kTileKeys + j, total[r]);
+  }
 }
 
 // Values [begin, end), both even, as [kTileKeys / 2][size / 16][16][2]: of two values side by side.
