@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,19 @@ void report(const std::string &name, double seconds, double bytes, double operat
   std::fflush(stdout);
 }
 
+// Writes bf16 values as weights have them: normally distributed.
+void fill(char *weights, int64_t bytes) {
+  constexpr int64_t kDifferent = 1 << 20;
+  static const std::vector<uint16_t> values = [] {
+    std::mt19937 random;
+    std::normal_distribution<float> distribution(0.0f, 0.02f);
+    std::vector<uint16_t> values(kDifferent);
+    for (uint16_t &value : values) value = static_cast<uint16_t>(float_to_bits(distribution(random)) >> 16);
+    return values;
+  }();
+  for (int64_t i = 0; i < bytes / 2; ++i) reinterpret_cast<uint16_t *>(weights)[i] = values[i % kDifferent];
+}
+
 // Matrices [n, k] of bf16 as the engine has them: in columns where the kernels read these.
 Weight arranged(char *data, int64_t matrices, int64_t n, int64_t k) {
   if (!columns_supported()) return {data, DType::bf16};
@@ -89,9 +103,7 @@ void linear_layers() {
   char *weights = allocate(kMemory);
   for (const Shape &shape : shapes) {
     const int64_t bytes = shape.n * shape.k * 2, copies = kMemory / bytes;
-    for (int64_t i = 0; i < kMemory / 2; ++i) {  // anew: the last shape's may be coded
-      reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
-    }
+    fill(weights, kMemory);  // anew: the last shape's may be coded
     const Weight first = arranged(weights, copies, shape.n, shape.k);
     for (int64_t m : {1, 8, 32, 64, 128, 512}) {
       if (shape.n > 100000 && m > 64) continue;
@@ -122,9 +134,7 @@ void experts() {
   constexpr int64_t kExperts = 128, kTopK = 8, kHidden = 2048, kInter = 768;
   constexpr int64_t kExpert = 3 * kInter * kHidden * 2;  // bytes
   char *weights = allocate(kExperts * kExpert);
-  for (int64_t i = 0; i < kExperts * kExpert / 2; ++i) {
-    reinterpret_cast<uint16_t *>(weights)[i] = 0x3c00 + (i * 2654435761u >> 20 & 0x83ff);
-  }
+  fill(weights, kExperts * kExpert);
   const Weight w13 = arranged(weights, kExperts, 2 * kInter, kHidden);
   const Weight w2 = arranged(weights + kExperts * 2 * kInter * kHidden * 2, kExperts, kHidden, kInter);
   for (int64_t tokens : {1, 4, 16, 64, 256, 1024}) {
