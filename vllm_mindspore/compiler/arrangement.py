@@ -80,10 +80,10 @@ def from_rows(arranged: dict[str, bool], weights: dict[str, torch.Tensor]) -> No
     for name, coded in arranged.items():
         tensor = weights[name].detach()
         columns.arrange(tensor)
-        if coded and not columns.encode(tensor, rarity=1):
+        if coded and not columns.encode(tensor, anyway=True):
             raise ValueError(
                 f"new values of {name}: their exponents differ too much from each other to take the place of the "
-                "present ones, which are coded in fewer bits. Load them into a new engine."
+                "present ones, which are coded in fewer bits. Load them into a new engine: this one cannot go on."
             )
 
 

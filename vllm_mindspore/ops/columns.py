@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 
 GROUP = 16  # rows of a weight that keep their place together
-RARITY = 1024  # elements for one whose exponent has no code; with more of these, coding does not pay (coded.h)
 
 
 def supported() -> bool:
@@ -37,17 +36,17 @@ def arrange(weight, back: bool = False) -> None:
     function(*_matrices(weight), back)
 
 
-def encode(weight, rarity: int = RARITY) -> bool:
+def encode(weight, anyway: bool = False) -> bool:
     """Code the exponents of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of its
     memory.
 
-    Returns False, and leaves it, where it is not of whole groups, or more than one element in `rarity` (1: only as many
-    as have a place) has an exponent that few others of its group have.
+    Returns False, and leaves it, where it is not of whole groups, or too many elements have an exponent that few others
+    of their group have: more than have a place or, unless it is to be coded `anyway`, more than it pays for (coded.h).
 
     Raises:
         ValueError: the tensor cannot be in columns.
     """
-    return bool(_function("vllm_ms_encode_columns", 4)(*_matrices(weight), rarity))
+    return bool(_function("vllm_ms_encode_columns", 4)(*_matrices(weight), anyway))
 
 
 def decode(weight) -> None:

@@ -52,12 +52,9 @@ struct CodedGroup {
 // Bytes of a group that are read for its product, if it has no exceptions.
 constexpr int64_t coded_bytes(int64_t k) { return 3 * kColumnGroup * k / 2 + 32 * sizeof(uint16_t) + sizeof(CodedException); }
 
-// More exceptions than one in so many elements, and taking them out costs more than reading fewer bytes saves.
-constexpr int64_t kCodedRarity = 1024;
-
 // Codes `matrices` matrices [n, k] that are in columns, in place. Returns false and leaves them as they are where that
-// does not fit, or does not pay: more than one exception in `rarity` elements.
-bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k, int64_t rarity);
+// does not fit or, unless it is to be done `anyway`, there are so many exceptions that it would not pay.
+bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k, bool anyway);
 
 // Back into columns.
 void decode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k);
