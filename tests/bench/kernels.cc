@@ -86,7 +86,7 @@ void fill(char *weights, int64_t bytes) {
 Weight arranged(char *data, int64_t matrices, int64_t n, int64_t k) {
   if (!columns_supported()) return {data, DType::bf16};
   arrange_columns(reinterpret_cast<bf16 *>(data), matrices, n, k);
-  const bool coded = encode_columns(reinterpret_cast<bf16_columns *>(data), matrices, n, k, false);
+  const bool coded = encode_columns(reinterpret_cast<bf16_columns *>(data), matrices, n, k);
   return {data, coded ? DType::bf16_coded : DType::bf16_columns};
 }
 

@@ -71,22 +71,6 @@ def to_rows(arranged: dict[str, bool], weights: dict[str, torch.Tensor]) -> None
         columns.arrange(tensor, back=True)
 
 
-def from_rows(arranged: dict[str, bool], weights: dict[str, torch.Tensor]) -> None:
-    """Arrange weights with other values as they were: running operators rely on it.
-
-    Raises:
-        ValueError: the new values cannot be coded.
-    """
-    for name, coded in arranged.items():
-        tensor = weights[name].detach()
-        columns.arrange(tensor)
-        if coded and not columns.encode(tensor, anyway=True):
-            raise ValueError(
-                f"new values of {name}: their exponents differ too much from each other to take the place of the "
-                "present ones, which are coded in fewer bits. Load them into a new engine: this one cannot go on."
-            )
-
-
 def _is_alone(tensor: torch.Tensor, owners: Counter) -> bool:
     storage = tensor.untyped_storage()
     return tensor.is_contiguous() and tensor.nbytes == storage.nbytes() and owners[storage.data_ptr()] == 1

@@ -94,6 +94,7 @@ class Compiler:
         self.graphs: dict[str, LoweredGraph] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.columns: dict[str, bool] = {}
+        self.programs: dict[str, Program] = {}
         self.from_cache = False
         self.seconds = 0.0
         self._resources = ExitStack()
@@ -125,9 +126,9 @@ class Compiler:
         logger.info("graph %s lowered in %.1f s (%s): %s", name, seconds, _summary(reports), path)
 
     def arrange(self, weights: dict[str, torch.Tensor]) -> None:
-        """Put weights into the order in which the graphs' operators read them fastest: once, in place.
+        """Put weights into the order in which the graphs' operators read them fastest, in place.
 
-        weights: all tensors of the model by name, with their final values.
+        weights: all tensors of the model by name, with their values.
         """
         emitted = [graph.emitted for graph in self.graphs.values()]
         groups = arrangement.chosen((graph.columns, (item.name for item in graph.weights)) for graph in emitted)
@@ -142,17 +143,21 @@ class Compiler:
 
     @contextmanager
     def in_rows(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """While vLLM reads or writes weights: in the order that it knows."""
+        """While vLLM reads or writes weights: in the order that it knows. Programs go on with the new values."""
         arrangement.to_rows(self.columns, weights)
         try:
             yield
         finally:
-            arrangement.from_rows(self.columns, weights)
+            self.arrange(weights)
+            for program in self.programs.values():
+                program.weights_changed(self.columns)
 
     def program(self, name: str, weights: dict[str, torch.Tensor]) -> Program:
         """The program of a lowered graph, on the memory of `weights`."""
         graph = self.graphs[name]
-        return Program(graph.emitted, graph.path, {**weights, **self.constants}, self.eager, self.columns)
+        program = Program(graph.emitted, graph.path, {**weights, **self.constants}, self.eager, self.columns)
+        self.programs[name] = program
+        return program
 
     @contextmanager
     def mindspore_cache(self) -> Iterator[None]:

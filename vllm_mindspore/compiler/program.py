@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_mindspore.compiler.emit import EmittedGraph
 from vllm_mindspore.compiler.tensors import shared_parameter
-from vllm_mindspore.ops.cpu import in_columns
+from vllm_mindspore.ops.cpu import in_columns, renew_addresses
 
 logger = init_logger("vllm.vllm_mindspore.compiler")
 
@@ -80,12 +80,21 @@ class Program:
             item.name: parameters[item.name].asnumpy().ctypes.data == weights[item.name].data_ptr()
             for item in emitted.weights
         }
-        self.columns = {name: coded for name, coded in columns.items() if name in parameters}
-        for name, coded in self.columns.items():
-            in_columns(parameters[name], coded)
+        self._parameters = parameters
+        self._set_columns(columns)
         self.network = load_module(path).Network(parameters)
         self.network.set_train(False)
         self._run = self.network.construct
+
+    def _set_columns(self, columns: Mapping[str, bool]) -> None:
+        self.columns = {name: coded for name, coded in columns.items() if name in self._parameters}
+        for name, coded in self.columns.items():
+            in_columns(self._parameters[name], coded)
+
+    def weights_changed(self, columns: Mapping[str, bool]) -> None:
+        """The weights in columns are the same with other values, and others of them may be coded."""
+        self._set_columns(columns)
+        renew_addresses(self.network)
 
     def compile(
         self, signature: list[tuple[tuple[int | None, ...], torch.dtype]], cached_files: Callable[[], object | None]

@@ -36,17 +36,17 @@ def arrange(weight, back: bool = False) -> None:
     function(*_matrices(weight), back)
 
 
-def encode(weight, anyway: bool = False) -> bool:
+def encode(weight) -> bool:
     """Code the exponents of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of its
     memory.
 
     Returns False, and leaves it, where it is not of whole groups, or too many elements have an exponent that few others
-    of their group have: more than have a place or, unless it is to be coded `anyway`, more than it pays for (coded.h).
+    of their group have: more than have a place, or than it pays for (coded.h).
 
     Raises:
         ValueError: the tensor cannot be in columns.
     """
-    return bool(_function("vllm_ms_encode_columns", 4)(*_matrices(weight), anyway))
+    return bool(_function("vllm_ms_encode_columns", 3)(*_matrices(weight)))
 
 
 def decode(weight) -> None:

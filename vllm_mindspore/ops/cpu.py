@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_mindspore.ops import build
@@ -116,20 +116,35 @@ def _storage(parameter: Any) -> str:
 
 
 def _address_table(parameters: list) -> Any:
-    """The addresses of the parameters' memory, [len(parameters)] int64; they live as long as it does.
+    """A Parameter with the parameters' addresses, [len(parameters)] int64; they live as long as it does."""
+    from mindspore import Parameter, Tensor
+
+    addresses = _addresses(parameters)
+    table = Parameter(Tensor(addresses), name=TABLE, requires_grad=False)
+    table.set_data(Tensor.from_numpy(addresses))  # its memory, to be written again: Parameter() has copied it
+    table.addressed, table.addresses = tuple(parameters), addresses
+    return table
+
+
+def renew_addresses(network: Any) -> None:
+    """Tell a network's recorded operators which of its weights are coded by now (`in_columns`)."""
+    for table in network.get_parameters():
+        if hasattr(table, "addressed"):
+            table.addresses[:] = _addresses(table.addressed)
+
+
+def _addresses(parameters: Iterable) -> Any:
+    """Where the parameters' memory is.
 
     CODED is added for weights with coded exponents: that depends on their values, of which a compiled graph knows
     nothing.
     """
     import numpy as np
-    from mindspore import Parameter, Tensor
 
-    coded = [CODED * getattr(parameter, "coded", False) for parameter in parameters]
-    places = [parameter.asnumpy().ctypes.data for parameter in parameters]
-    addresses = np.array(places, np.int64) + np.array(coded, np.int64)
-    table = Parameter(Tensor(addresses), name=TABLE, requires_grad=False)
-    table.addressed = tuple(parameters)
-    return table
+    return np.array(
+        [parameter.asnumpy().ctypes.data + CODED * getattr(parameter, "coded", False) for parameter in parameters],
+        np.int64,
+    )
 
 
 def _primitive(function: str, inputs: int, ordered: bool, attributes: dict[str, Any]) -> Callable:

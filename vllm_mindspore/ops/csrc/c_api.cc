@@ -35,8 +35,8 @@ VLLM_MS_EXPORT void vllm_ms_arrange_columns(void *weight, int64_t matrices, int6
 }
 
 // See coded.h.
-VLLM_MS_EXPORT int vllm_ms_encode_columns(void *weight, int64_t matrices, int64_t n, int64_t k, int64_t anyway) {
-  return vllm_ms::encode_columns(static_cast<vllm_ms::bf16_columns *>(weight), matrices, n, k, anyway != 0);
+VLLM_MS_EXPORT int vllm_ms_encode_columns(void *weight, int64_t matrices, int64_t n, int64_t k) {
+  return vllm_ms::encode_columns(static_cast<vllm_ms::bf16_columns *>(weight), matrices, n, k);
 }
 VLLM_MS_EXPORT void vllm_ms_decode_columns(void *weight, int64_t matrices, int64_t n, int64_t k) {
   vllm_ms::decode_columns(static_cast<vllm_ms::bf16_columns *>(weight), matrices, n, k);

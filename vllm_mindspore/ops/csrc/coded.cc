@@ -92,7 +92,7 @@ void for_groups(bf16_columns *weight, int64_t groups, int64_t k, F f) {
 
 }  // namespace
 
-bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k, bool anyway) {
+bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k) {
   if (n % kColumnGroup != 0 || k % kQuad != 0 || k > INT32_MAX || capacity(k) < 1) return false;
   const int64_t groups = matrices * n / kColumnGroup;
   std::atomic<int64_t> exceptions{0};
@@ -103,7 +103,7 @@ bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k
     if (found > capacity(k)) fits = false;
     exceptions += found;
   });
-  if (!fits || (!anyway && exceptions > matrices * n * k / kRarity)) return false;
+  if (!fits || exceptions > matrices * n * k / kRarity) return false;
   for_groups(weight, groups, k, [=](bf16_columns *group, bf16_columns *copy) { encode_group(group, k, copy); });
   return true;
 }

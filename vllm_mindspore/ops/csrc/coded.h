@@ -53,8 +53,8 @@ struct CodedGroup {
 constexpr int64_t coded_bytes(int64_t k) { return 3 * kColumnGroup * k / 2 + 32 * sizeof(uint16_t) + sizeof(CodedException); }
 
 // Codes `matrices` matrices [n, k] that are in columns, in place. Returns false and leaves them as they are where that
-// does not fit or, unless it is to be done `anyway`, there are so many exceptions that it would not pay.
-bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k, bool anyway);
+// does not fit or there are so many exceptions that it would not pay.
+bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k);
 
 // Back into columns.
 void decode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k);
