@@ -40,7 +40,8 @@ LINK_FLAGS = "-shared -pthread -Wl,-z,nodelete -Wl,--as-needed -Wl,--exclude-lib
 AVX2_FLAGS = "-mavx2 -mfma -mf16c".split()
 AVX512_FLAGS = [
     *AVX2_FLAGS,
-    *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mprefer-vector-width=512".split(),
+    *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mavx512vnni".split(),
+    "-mprefer-vector-width=512",
 ]
 
 # Machine -> instruction-set variants, the portable one (no flags) first. See csrc/isa.h.

@@ -60,6 +60,39 @@ TEST(parallel_for_covers_every_range) {
   set_num_threads(before);
 }
 
+TEST(ranges_get_shorter_and_cover_everything) {
+  const int before = num_threads();
+  for (int threads : {1, 2, 5}) {
+    set_num_threads(threads);
+    for (int64_t n : {1, 2, 7, 100, 1001}) {
+      for (int64_t least : {0, 1, 3, 50, 2000}) {
+        Ranges ranges(n, least);
+        CHECK(ranges.workers() >= 1 && ranges.workers() <= threads) << n << " " << least;
+        int64_t next = 0, longest = n;
+        for (Ranges::Range range = ranges.take(); !range.empty(); range = ranges.take()) {
+          const int64_t length = range.end - range.begin;
+          CHECK(range.begin == next && length <= longest) << threads << " " << n << " " << least << " " << next;
+          CHECK(length >= least || range.end == n) << threads << " " << n << " " << least << " " << next;
+          next = range.end;
+          longest = length;
+        }
+        CHECK(next == n && ranges.take().empty());
+
+        Ranges shared(n, least);
+        std::vector<std::atomic<int>> visits(n);
+        for (auto &v : visits) v = 0;
+        parallel_for(shared.workers(), 1, [&](int64_t, int64_t) {
+          for (Ranges::Range range = shared.take(); !range.empty(); range = shared.take()) {
+            for (int64_t i = range.begin; i < range.end; ++i) ++visits[i];
+          }
+        });
+        for (const auto &v : visits) CHECK(v == 1) << threads << " " << n << " " << least;
+      }
+    }
+  }
+  set_num_threads(before);
+}
+
 TEST(parallel_for_in_quick_succession) {
   const int before = num_threads();
   set_num_threads(8);

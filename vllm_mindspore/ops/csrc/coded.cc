@@ -14,18 +14,18 @@ namespace {
 constexpr int kCodes = 16;
 constexpr int64_t kRarity = 1024;  // elements for an exception; with more, taking them out is no longer cheap
 
-uint8_t exponent(uint16_t bits) { return static_cast<uint8_t>(bits >> 7); }
+uint8_t upper_byte(uint16_t bits) { return static_cast<uint8_t>(bits >> 8); }
 
-// The exponents that most elements of a group have, and how many elements have another one.
+// The upper bytes that most elements of a group have, and how many elements have another one.
 struct Codebook {
-  std::array<uint8_t, kCodes> exponents;
+  std::array<uint8_t, kCodes> bytes;
   int64_t exceptions = 0;
 
   Codebook(const bf16_columns *group, int64_t elements) {
     std::array<std::array<int64_t, 256>, 2> counts{};  // two, since neighbours often have the same
     for (int64_t i = 0; i + 1 < elements; i += 2) {
-      ++counts[0][exponent(group[i].bits)];
-      ++counts[1][exponent(group[i + 1].bits)];
+      ++counts[0][upper_byte(group[i].bits)];
+      ++counts[1][upper_byte(group[i + 1].bits)];
     }
     std::array<int, 256> order;
     std::iota(order.begin(), order.end(), 0);
@@ -33,7 +33,7 @@ struct Codebook {
     std::partial_sort(order.begin(), order.begin() + kCodes, order.end(), [&](int a, int b) {
       return count(a) != count(b) ? count(a) > count(b) : a > b;
     });
-    std::copy_n(order.begin(), kCodes, exponents.begin());
+    std::copy_n(order.begin(), kCodes, bytes.begin());
     for (int i = kCodes; i < 256; ++i) exceptions += count(order[i]);
   }
 };
@@ -49,23 +49,24 @@ void encode_group(bf16_columns *group, int64_t k, bf16_columns *copy) {
   constexpr uint8_t kNone = 255;
   std::array<uint8_t, 256> code_of;
   code_of.fill(kNone);
-  for (int code = 0; code < kCodes; ++code) code_of[book.exponents[code]] = static_cast<uint8_t>(code);
+  for (int code = 0; code < kCodes; ++code) code_of[book.bytes[code]] = static_cast<uint8_t>(code);
   const CodedGroup places(group, k);
-  const auto mantissas = const_cast<uint8_t *>(places.mantissas), codes = const_cast<uint8_t *>(places.codes);
-  const auto exponents = const_cast<uint16_t *>(places.exponents);
+  const auto lower = const_cast<uint8_t *>(places.lower), codes = const_cast<uint8_t *>(places.codes);
+  const auto upper = const_cast<uint8_t *>(places.upper);
   auto next = const_cast<CodedException *>(places.exceptions);
-  for (int i = 0; i < 2 * kCodes; ++i) exponents[i] = static_cast<uint16_t>(book.exponents[i % kCodes] << 7);
+  for (int i = 0; i < kUpperBytes; ++i) upper[i] = book.bytes[i % kCodes];
+  std::fill_n(codes, kColumnGroup * k / 2, uint8_t{0});
   for (int64_t i = 0; i < kColumnGroup * k; ++i) {
     const uint16_t bits = copy[i].bits;
     const int64_t pair = i / kPairElements, place = i % kPairElements;
-    mantissas[i] = static_cast<uint8_t>((bits >> 8 & 0x80) | (bits & 0x7f));
-    uint8_t code = code_of[exponent(bits)];
+    lower[CodedGroup::lower_at(pair, place)] = static_cast<uint8_t>(bits);
+    uint8_t code = code_of[upper_byte(bits)];
     if (code == kNone) {
       code = 0;
       *next++ = {static_cast<uint32_t>(2 * pair), static_cast<uint16_t>(place), bits};
     }
-    uint8_t &both = codes[pair / 2 * kPairElements + place];
-    both = pair % 2 == 0 ? code : static_cast<uint8_t>(both | code << 4);
+    uint8_t &both = codes[CodedGroup::code_at(pair, place)];
+    both = static_cast<uint8_t>(both | code << CodedGroup::code_shift(pair));
   }
   *next = {CodedException::kNoMore, 0, 0};
 }
@@ -93,7 +94,7 @@ void for_groups(bf16_columns *weight, int64_t groups, int64_t k, F f) {
 }  // namespace
 
 bool encode_columns(bf16_columns *weight, int64_t matrices, int64_t n, int64_t k) {
-  if (n % kColumnGroup != 0 || k % kQuad != 0 || k > INT32_MAX || capacity(k) < 1) return false;
+  if (n % kColumnGroup != 0 || k % kOctet != 0 || k > INT32_MAX || capacity(k) < 1) return false;
   const int64_t groups = matrices * n / kColumnGroup;
   std::atomic<int64_t> exceptions{0};
   std::atomic<bool> fits{true};

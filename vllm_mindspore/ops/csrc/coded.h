@@ -1,14 +1,14 @@
-// Weights in columns (columns.h) of which a bf16 takes 12 bits instead of 16, and loses none: of its exponent's 256
-// values the weights of a group use few, so that 4 bits say which one it is. For few tokens a product takes as long as
-// reading its weight.
+// Weights in columns (columns.h) of which a bf16 takes 12 bits instead of 16, and loses none: the weights of a group have
+// few of a byte's 256 values in their upper bytes, which are the sign and most of the exponent, so that 4 bits say which
+// one it is. For few tokens a product takes as long as reading its weight.
 //
 // A group of kColumnGroup rows keeps its place in memory, of which it uses three quarters and a little more. In it come
-//   [k / 4][2][16][2] uint8   sign and mantissa, in the order of the columns: of a quad of k two pairs of all rows
-//   [k / 4][16][2]    uint8   codes, the lower half of the quad's first pair, the upper half of its second
-//   [32]              uint16  the exponents of the codes, in their place in a bf16; twice, so that a fifth bit of an
-//                             index does not matter
-//   CodedException[]          elements with another exponent, by ascending k; the last is kNoMore
-// n is in whole groups, k in quads.
+//   [k / 4][32][2] uint8  lower bytes: of a quad of k those of the first pair of all rows beside those of the second
+//   [k / 8][32][2] uint8  codes of an octet's four pairs: in a lower half those of the second beside those of the first,
+//                         in the upper half those of the fourth beside those of the third
+//   [4][16]        uint8  the upper bytes of the codes, four times: two more bits of an index do not matter
+//   CodedException[]      elements with another upper byte, by ascending k; the last is kNoMore
+// n is in whole groups, k in octets.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@
 
 namespace vllm_ms {
 
-constexpr int64_t kQuad = 4;
+constexpr int64_t kOctet = 8;
 constexpr int64_t kPairElements = 2 * kColumnGroup;
-constexpr int64_t kQuadElements = 2 * kPairElements;
+constexpr int64_t kUpperBytes = 64;  // of a group's table
 
 struct CodedException {
   static constexpr uint32_t kNoMore = 0xffffffff;
@@ -30,27 +30,34 @@ struct CodedException {
 
 // Where the parts of a group are.
 struct CodedGroup {
-  const uint8_t *mantissas, *codes;
-  const uint16_t *exponents;
+  const uint8_t *lower, *codes, *upper;
   const CodedException *exceptions;
 
   CodedGroup(const void *group, int64_t k)
-      : mantissas(static_cast<const uint8_t *>(group)),
-        codes(mantissas + kColumnGroup * k),
-        exponents(reinterpret_cast<const uint16_t *>(codes + kColumnGroup * k / 2)),
-        exceptions(reinterpret_cast<const CodedException *>(exponents + 32)) {}
+      : lower(static_cast<const uint8_t *>(group)),
+        codes(lower + kColumnGroup * k),
+        upper(codes + kColumnGroup * k / 2),
+        exceptions(reinterpret_cast<const CodedException *>(upper + kUpperBytes)) {}
+
+  // Where the lower byte of an element of pair `pair` is, and the byte that has its code: shifted by code_shift(pair).
+  static int64_t lower_at(int64_t pair, int64_t place) {
+    return pair / 2 * 2 * kPairElements + 2 * place + pair % 2;
+  }
+  static int64_t code_at(int64_t pair, int64_t place) {
+    return pair / 4 * 2 * kPairElements + 2 * place + 1 - pair % 2;
+  }
+  static int code_shift(int64_t pair) { return pair % 4 < 2 ? 0 : 4; }
 
   // Of an element of the pair of k, if that is no exception.
   uint16_t bits(int64_t k, int64_t place) const {
-    const uint8_t mantissa = mantissas[k / 2 * kPairElements + place];
-    const uint8_t both = codes[k / kQuad * kPairElements + place];
-    const uint8_t code = k % kQuad < 2 ? both & 15 : both >> 4;
-    return static_cast<uint16_t>((mantissa & 0x80) << 8 | (mantissa & 0x7f) | exponents[code]);
+    const int64_t pair = k / 2;
+    const int code = codes[code_at(pair, place)] >> code_shift(pair) & 15;
+    return static_cast<uint16_t>(upper[code] << 8 | lower[lower_at(pair, place)]);
   }
 };
 
 // Bytes of a group that are read for its product, if it has no exceptions.
-constexpr int64_t coded_bytes(int64_t k) { return 3 * kColumnGroup * k / 2 + 32 * sizeof(uint16_t) + sizeof(CodedException); }
+constexpr int64_t coded_bytes(int64_t k) { return 3 * kColumnGroup * k / 2 + kUpperBytes + sizeof(CodedException); }
 
 // Codes `matrices` matrices [n, k] that are in columns, in place. Returns false and leaves them as they are where that
 // does not fit or there are so many exceptions that it would not pay.

@@ -317,6 +317,21 @@ void parallel_for_impl(int64_t n, int64_t grain, ParallelBody body, void *contex
   body(context, 0, n);
 }
 
+Ranges::Ranges(int64_t n, int64_t least)
+    : n_(n),
+      least_(std::max<int64_t>(least, 1)),
+      workers_(std::min<int64_t>(num_threads(), std::max<int64_t>(1, n_ / least_))) {}
+
+Ranges::Range Ranges::take() {
+  int64_t begin = next_.load(std::memory_order_relaxed), end;
+  do {
+    if (begin == n_) return {n_, n_};
+    const int64_t share = workers_ == 1 ? n_ : (n_ - begin) / (2 * workers_);
+    end = std::min(n_, begin + std::max(least_, share));
+  } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+  return {begin, end};
+}
+
 int64_t scratch_allocations() { return allocations.load(std::memory_order_relaxed); }
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), capacity_(0) {

@@ -1,6 +1,7 @@
 // The process's one thread pool. The calling thread takes part; workers spin briefly between jobs, then sleep.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -28,6 +29,25 @@ void parallel_for(int64_t n, int64_t grain, F &&f) {
       n, grain, [](void *context, int64_t begin, int64_t end) { (*static_cast<Body *>(context))(begin, end); },
       const_cast<void *>(static_cast<const void *>(&f)));
 }
+
+// Hands out the items of [0, n) to the threads of one job, in ranges that get shorter, so that all threads end together.
+// A thread may ask for its next range before it is done with the present one, to know what to prefetch.
+class Ranges {
+ public:
+  struct Range {
+    int64_t begin, end;
+    bool empty() const { return begin == end; }
+  };
+
+  // least: items that are worth a range
+  Ranges(int64_t n, int64_t least);
+  int64_t workers() const { return workers_; }  // threads for which there is something to do
+  Range take();
+
+ private:
+  const int64_t n_, least_, workers_;
+  std::atomic<int64_t> next_{0};
+};
 
 // Buffers that Scratch had to take from the system so far: in steady work their number stays.
 int64_t scratch_allocations();

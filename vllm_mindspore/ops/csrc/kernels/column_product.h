@@ -1,4 +1,4 @@
-// tile_product.h's products for weights in columns (columns.h), also with coded exponents (coded.h). A lane adds the
+// tile_product.h's products for weights in columns (columns.h), also coded ones (coded.h). A lane adds the
 // products of its column's pairs with k ascending, however many tokens there are.
 #pragma once
 
@@ -20,6 +20,7 @@ struct Packed<bf16_coded> : Packed<bf16_columns> {};
 
 constexpr int kColumnTokens = 12;        // at once, with two groups of columns: 24 sums in registers
 constexpr int64_t kColumnPanel = 4096;   // elements of k of a block, to stay in the second-level cache
+constexpr int64_t kKeepPasses = 6;       // from here on the first pass over coded weights writes down what it decodes
 constexpr int64_t kPrefetchDepth = 32;   // elements of k between two prefetches
 static_assert(kUp == kColumnGroup && kLanes == kColumnGroup, "a group of rows is a vector of columns");
 
@@ -91,13 +92,13 @@ struct PartialGroup {
   }
 };
 
-// `Count` groups with coded exponents. Keep: what is read is also written to `decoded`, in columns.
+// `Count` groups with coded upper bytes. Keep: what is read is also written to `decoded`, in columns.
 template <int Count, bool Keep>
 struct CodedGroups {
-  static constexpr int kCount = Count, kDepth = kQuad;
+  static constexpr int kCount = Count, kDepth = kOctet;
   bf16_columns *decoded[Count];
-  const uint8_t *mantissas[Count], *codes[Count];
-  __m512i exponents[Count], code[Count];
+  const uint8_t *lower[Count], *codes[Count];
+  __m512i upper[Count];
   const CodedException *exceptions[Count], *next[Count];
   int64_t next_k;  // of the first pair that has an exception
 
@@ -106,9 +107,9 @@ struct CodedGroups {
     for (int group = 0; group < Count; ++group) {
       decoded[group] = scratch + group * kColumnGroup * k;
       const CodedGroup coded(first[group], k);
-      mantissas[group] = coded.mantissas;
+      lower[group] = coded.lower;
       codes[group] = coded.codes;
-      exponents[group] = _mm512_loadu_si512(coded.exponents);
+      upper[group] = _mm512_loadu_si512(coded.upper);
       exceptions[group] = coded.exceptions;
     }
   }
@@ -119,19 +120,17 @@ struct CodedGroups {
     }
     find_next();
   }
-  template <int Half>
+  // Every other byte of what is loaded belongs to another pair: it is where the upper byte goes, or an index for a byte
+  // that stays.
+  template <int I>
   __attribute__((always_inline)) void read(int64_t k, __m512bh (&pairs)[Count]) {
-    const __m512i sign_and_mantissa = _mm512_set1_epi16(static_cast<int16_t>(0x807f));
-    constexpr int kFirstAndSecondOrThird = 0xea;
+    constexpr __mmask64 kUppers = 0xaaaaaaaaaaaaaaaa;
 #pragma GCC unroll 2
     for (int group = 0; group < Count; ++group) {
-      code[group] = Half == 0 ? _mm512_cvtepu8_epi16(half_line(codes[group] + k * (kColumnGroup / 2)))
-                              : _mm512_srli_epi16(code[group], 4);
-      // a byte's own sign is repeated above it, so that it is in its place already
-      const __m512i bytes = _mm512_cvtepi8_epi16(half_line(mantissas[group] + k * kColumnGroup));
-      const __m512i exponent = _mm512_permutexvar_epi16(code[group], exponents[group]);
-      pairs[group] = reinterpret_cast<__m512bh>(
-          _mm512_ternarylogic_epi32(bytes, sign_and_mantissa, exponent, kFirstAndSecondOrThird));
+      const __m512i lowers = _mm512_loadu_si512(lower[group] + (k - I % 2 * 2) * kColumnGroup + I % 2);
+      __m512i code = _mm512_loadu_si512(codes[group] + (k - 2 * I) * (kColumnGroup / 2) - I % 2);
+      if constexpr (I >= 2) code = _mm512_srli_epi16(code, 4);
+      pairs[group] = reinterpret_cast<__m512bh>(_mm512_mask_permutexvar_epi8(lowers, kUppers, code, upper[group]));
     }
     if (__builtin_expect(k == next_k, 0)) {
 #pragma GCC unroll 2
@@ -152,7 +151,6 @@ struct CodedGroups {
   }
 
  private:
-  static __m256i half_line(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
   void find_next() {
     next_k = next[0]->k;
     for (int group = 1; group < Count; ++group) next_k = min64(next_k, next[group]->k);
@@ -194,7 +192,11 @@ void multiply_columns(Groups groups, const PackedRows<bf16> &x, int64_t token, i
     const int64_t stop = min64(step + kPrefetchDepth, end);
     for (int64_t k = step; k < stop; k += Groups::kDepth) {
       multiply_pairs<MT, 0>(groups, k, bases, x.stride, sum);
-      if constexpr (Groups::kDepth == kQuad) multiply_pairs<MT, 1>(groups, k + 2, bases, x.stride, sum);
+      if constexpr (Groups::kDepth == kOctet) {
+        multiply_pairs<MT, 1>(groups, k + 2, bases, x.stride, sum);
+        multiply_pairs<MT, 2>(groups, k + 4, bases, x.stride, sum);
+        multiply_pairs<MT, 3>(groups, k + 6, bases, x.stride, sum);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -249,7 +251,7 @@ inline void multiply_block(const BlockRows<bf16_coded> &block, const PackedRows<
   const auto multiply = [&](const auto &first, const auto &others) {
     multiply_groups(first, others, block.k, x, next, sums);
   };
-  if (column_passes(x) == 1) {
+  if (column_passes(x) < kKeepPasses) {
     const CodedGroups<1, false> one(block.first, block.k, nullptr);
     if (block.groups() == 1) return multiply(one, one);
     const CodedGroups<2, false> both(block.first, block.k, nullptr);

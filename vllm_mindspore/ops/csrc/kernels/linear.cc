@@ -17,19 +17,23 @@ void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRo
   const BlockLayout layout(args);
   constexpr int64_t kWorkPerChunk = 1 << 18;  // multiply-adds below which a second thread does not pay
   const int64_t work = max64(1, kBlock * args.k * x.count);
-  parallel_for(layout.blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
+  Ranges ranges(layout.blocks, (kWorkPerChunk + work - 1) / work);
+  parallel_for(ranges.workers(), 1, [&](int64_t, int64_t) {
     const Scratch sums_buffer(x.count * kBlock * sizeof(float));
     float *sums = sums_buffer.as<float>();
-    const int64_t after = begin + num_threads() * (end - begin);  // where this thread is likely to go on
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t column = layout.column(block), count = layout.count(block);
-      const int64_t next_block = block + 1 < end ? block + 1 : after < layout.blocks ? after : block;
-      const int64_t next = (layout.column(next_block) - column) * args.k;
-      const T *rows = weight + column * args.k;
-      const BlockRows<T> in_order = rows_in_order(rows, count, args.k, next);
-      const BlockRows<T> of_both{{rows, rows + layout.width * args.k}, {count, count}, 1, args.k, next};
-      multiply_block(args.activation.gated ? of_both : in_order, x, sums);
-      finish_block(args, first_token, x.count, column, count, sums);
+    for (Ranges::Range range = ranges.take(), then; !range.empty(); range = then) {
+      for (int64_t block = range.begin; block < range.end; ++block) {
+        const bool last = block + 1 == range.end;
+        if (last) then = ranges.take();
+        const int64_t next_block = !last ? block + 1 : then.empty() ? block : then.begin;
+        const int64_t column = layout.column(block), count = layout.count(block);
+        const int64_t next = (layout.column(next_block) - column) * args.k;
+        const T *rows = weight + column * args.k;
+        const BlockRows<T> in_order = rows_in_order(rows, count, args.k, next);
+        const BlockRows<T> of_both{{rows, rows + layout.width * args.k}, {count, count}, 1, args.k, next};
+        multiply_block(args.activation.gated ? of_both : in_order, x, sums);
+        finish_block(args, first_token, x.count, column, count, sums);
+      }
     }
   });
 }

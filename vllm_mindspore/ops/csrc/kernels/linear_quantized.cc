@@ -231,21 +231,24 @@ void multiply_blocks(const LinearQuantizedArgs &args, int64_t first_token, const
   const int64_t last = quant_tiles(linear.n) - 1;
   constexpr int64_t kWorkPerChunk = 1 << 18;  // multiply-adds below which a second thread does not pay
   const int64_t work = max64(1, kBlock * linear.k * x.count);
-  parallel_for(layout.blocks, (kWorkPerChunk + work - 1) / work, [&](int64_t begin, int64_t end) {
+  Ranges ranges(layout.blocks, (kWorkPerChunk + work - 1) / work);
+  parallel_for(ranges.workers(), 1, [&](int64_t, int64_t) {
     const Scratch sums_buffer(x.count * kBlock * sizeof(float));
     const Scratch spare_buffer(aligned ? 0 : x.count * kBlock * sizeof(float));
     float *sums = sums_buffer.as<float>();
     const Product<bits> product{args, x};
-    for (int64_t block = begin; block < end; ++block) {
-      if (!aligned) {
-        product.one(block, 1, sums);
-        product.unaligned(layout.width + layout.column(block), sums, spare_buffer.as<float>());
-      } else if (gated) {
-        product.pair(block, layout.width / kQuantRows + block, 1, sums);
-      } else {
-        product.pair(2 * block, min64(2 * block + 1, last), 2, sums);
+    for (Ranges::Range range = ranges.take(); !range.empty(); range = ranges.take()) {
+      for (int64_t block = range.begin; block < range.end; ++block) {
+        if (!aligned) {
+          product.one(block, 1, sums);
+          product.unaligned(layout.width + layout.column(block), sums, spare_buffer.as<float>());
+        } else if (gated) {
+          product.pair(block, layout.width / kQuantRows + block, 1, sums);
+        } else {
+          product.pair(2 * block, min64(2 * block + 1, last), 2, sums);
+        }
+        finish_block(linear, first_token, x.count, layout.column(block), layout.count(block), sums);
       }
-      finish_block(linear, first_token, x.count, layout.column(block), layout.count(block), sums);
     }
   });
 }
