@@ -90,6 +90,9 @@ Weight arranged(char *data, int64_t matrices, int64_t n, int64_t k) {
   return {data, coded ? DType::bf16_coded : DType::bf16_columns};
 }
 
+// What of a weight's bytes is read.
+double read_share(const Weight &weight) { return weight.dtype == DType::bf16_coded ? 0.75 : 1.0; }
+
 struct Shape {
   const char *name;
   int64_t n, k;
@@ -122,8 +125,8 @@ void linear_layers() {
           linear(args);
         }
       });
-      report(std::string("linear ") + shape.name + ", " + std::to_string(m) + " tokens", seconds / copies, bytes,
-             2.0 * m * shape.n * shape.k);
+      report(std::string("linear ") + shape.name + ", " + std::to_string(m) + " tokens", seconds / copies,
+             bytes * read_share(first), 2.0 * m * shape.n * shape.k);
     }
   }
   munmap(weights, kMemory);
@@ -174,8 +177,8 @@ void experts() {
         moe_experts(args);
       }
     });
-    report("experts, 8 of 128, " + std::to_string(tokens) + " tokens", seconds / kRoutings, bytes,
-           2.0 * tokens * kTopK * 3 * kInter * kHidden);
+    report("experts, 8 of 128, " + std::to_string(tokens) + " tokens", seconds / kRoutings,
+           bytes * read_share(w13), 2.0 * tokens * kTopK * 3 * kInter * kHidden);
   }
   munmap(weights, kExperts * kExpert);
 }
