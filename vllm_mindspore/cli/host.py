@@ -6,8 +6,8 @@ from pathlib import Path
 
 # Instruction sets that the operators, MindSpore or oneDNN choose by.
 CPU_FEATURES = (
-    "sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16 avx512_fp16 "
-    "amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp bf16 i8mm sve sve2"
+    "sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni avx512_bf16 "
+    "avx512_fp16 amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp bf16 i8mm sve sve2"
 ).split()
 
 

@@ -1,6 +1,6 @@
 """Weights in columns: the order in which the CPU's products of bf16 pairs read them (`csrc/columns.h`).
 
-Their exponents can be coded, so that less is read (`csrc/coded.h`).
+They can be coded in 12 bits, so that less is read (`csrc/coded.h`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def arrange(weight, back: bool = False) -> None:
 
 
 def encode(weight) -> bool:
-    """Code the exponents of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of its
+    """Code the upper bytes of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of its
     memory.
 
-    Returns False, and leaves it, where it is not of whole groups, or too many elements have an exponent that few others
+    Returns False, and leaves it, where it is not of whole groups, or too many elements have an upper byte that few others
     of their group have: more than have a place, or than it pays for (coded.h).
 
     Raises:

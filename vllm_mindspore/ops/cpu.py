@@ -136,7 +136,7 @@ def renew_addresses(network: Any) -> None:
 def _addresses(parameters: Iterable) -> Any:
     """Where the parameters' memory is.
 
-    CODED is added for weights with coded exponents: that depends on their values, of which a compiled graph knows
+    CODED is added for coded weights: that depends on their values, of which a compiled graph knows
     nothing.
     """
     import numpy as np

@@ -20,7 +20,7 @@ struct fp16 {
 struct bf16_columns {
   uint16_t bits;
 };
-// The memory that such a one would take, in a weight with coded exponents, see coded.h.
+// The memory that such a one would take, in a coded weight, see coded.h.
 struct bf16_coded {
   uint16_t bits;
 };

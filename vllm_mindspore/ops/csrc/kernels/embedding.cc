@@ -26,7 +26,7 @@ void convert_columns(const bf16 *table, int64_t vocabulary, int64_t id, float *o
   }
 }
 
-// The same, of a table with coded exponents.
+// The same, of a coded table.
 void convert_coded(const bf16 *table, int64_t id, float *out, int64_t width) {
   const int64_t lane = id % kColumnGroup;
   const CodedGroup group(table + (id - lane) * width, width);

@@ -21,7 +21,7 @@ struct Operand {
 };
 
 // A tensor that is not an input of its own: MindSpore takes about a microsecond for each, with cold caches several. Its
-// address is in a table that is the sequence's last input; plus kCoded if its type, in columns, has coded exponents,
+// address is in a table that is the sequence's last input; plus kCoded if its type, in columns, is coded (coded.h),
 // which depends on its values.
 struct FixedTensor {
   static constexpr int64_t kCoded = 1;
