@@ -37,11 +37,11 @@ def arrange(weight, back: bool = False) -> None:
 
 
 def encode(weight) -> bool:
-    """Code the upper bytes of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of its
-    memory.
+    """Code the upper bytes of a bf16 torch tensor that is in columns, in place: its values stay, in three quarters of
+    its memory.
 
-    Returns False, and leaves it, where it is not of whole groups, or too many elements have an upper byte that few others
-    of their group have: more than have a place, or than it pays for (coded.h).
+    Returns False, and leaves it, where it is not of whole groups, or too many elements have an upper byte that few
+    others of their group have: more than have a place, or than it pays for (coded.h).
 
     Raises:
         ValueError: the tensor cannot be in columns.
