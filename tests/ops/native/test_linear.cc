@@ -196,6 +196,26 @@ TEST(linear_row_bits_do_not_depend_on_the_batch) {
   });
 }
 
+TEST(linear_results_too_large_for_the_caches_are_the_same) {
+  testing::for_each_isa([] {
+    for (int64_t n : {4000, 4001}) {  // rows that all begin at a multiple of a vector, and rows that do not
+      const int64_t m = (18 << 20) / 4 / n, rows = 150;
+      const Case c(m, n, 40, DType::bf16, {}, Norm::none, true, 10);
+      const std::vector<float> whole = c.run();
+      for (int64_t first = 0; first < m; first += rows) {
+        LinearArgs args = c.args(nullptr);
+        args.m = std::min(rows, m - first);
+        args.x += first * c.k;
+        args.residual += first * n;
+        std::vector<float> some(args.m * n);
+        args.out = some.data();
+        linear(args);
+        CHECK(testing::same_bits(some.data(), whole.data() + first * n, some.size())) << n << " from row " << first;
+      }
+    }
+  });
+}
+
 TEST(linear_bits_do_not_depend_on_threads) {
   const int before = num_threads();
   testing::for_each_isa([] {

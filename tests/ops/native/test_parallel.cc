@@ -81,12 +81,19 @@ TEST(ranges_get_shorter_and_cover_everything) {
         Ranges shared(n, least);
         std::vector<std::atomic<int>> visits(n);
         for (auto &v : visits) v = 0;
+        std::atomic<bool> foretold{true};
         parallel_for(shared.workers(), 1, [&](int64_t, int64_t) {
-          for (Ranges::Range range = shared.take(); !range.empty(); range = shared.take()) {
-            for (int64_t i = range.begin; i < range.end; ++i) ++visits[i];
-          }
+          int64_t before = -1, announced = -1;
+          shared.for_each([&](int64_t i, int64_t next) {
+            ++visits[i];
+            if (before >= 0 && announced != i) foretold = false;
+            before = i;
+            announced = next;
+          });
+          if (announced != before) foretold = false;
         });
         for (const auto &v : visits) CHECK(v == 1) << threads << " " << n << " " << least;
+        CHECK(foretold) << threads << " " << n << " " << least;
       }
     }
   }

@@ -31,7 +31,6 @@ void parallel_for(int64_t n, int64_t grain, F &&f) {
 }
 
 // Hands out the items of [0, n) to the threads of one job, in ranges that get shorter, so that all threads end together.
-// A thread may ask for its next range before it is done with the present one, to know what to prefetch.
 class Ranges {
  public:
   struct Range {
@@ -43,6 +42,19 @@ class Ranges {
   Ranges(int64_t n, int64_t least);
   int64_t workers() const { return workers_; }  // threads for which there is something to do
   Range take();
+
+  // Takes ranges until none is left, and calls f(item, next) for each item: `next` is the item that this thread does
+  // after it, to prefetch what it will read, or `item` itself where it is the thread's last.
+  template <class F>
+  void for_each(F &&f) {
+    for (Range range = take(), then{0, 0}; !range.empty(); range = then) {
+      for (int64_t item = range.begin; item < range.end; ++item) {
+        const bool last = item + 1 == range.end;
+        if (last) then = take();
+        f(item, !last ? item + 1 : then.empty() ? item : then.begin);
+      }
+    }
+  }
 
  private:
   const int64_t n_, least_, workers_;

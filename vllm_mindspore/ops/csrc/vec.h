@@ -94,6 +94,27 @@ VLLM_MS_INLINE Vec load(const fp16 *p) {
 
 VLLM_MS_INLINE void store(float *p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
+// As store, but past the caches where the instruction set can and p is aligned to a Vec. Other threads see what was
+// written after end_streaming().
+VLLM_MS_INLINE void stream(float *p, Vec v) {
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(v) == 0) {
+#if defined(__AVX512F__)
+    return _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#else
+    return _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#endif
+  }
+#endif
+  store(p, v);
+}
+
+VLLM_MS_INLINE void end_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 VLLM_MS_INLINE void store(bf16 *p, Vec v) {
   const UVec bits = as_bits(v);
   const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -145,6 +166,12 @@ VLLM_MS_INLINE void store_part(T *p, Vec v, int64_t n) {
   } else {
     store(p, v);
   }
+}
+
+constexpr int64_t kLine = 64;  // bytes that a prefetch brings
+
+VLLM_MS_INLINE void prefetch_row(const float *row, int64_t size) {
+  for (int64_t d = 0; d < size; d += kLine / 4) __builtin_prefetch(row + d);
 }
 
 // `size` floats to another type.

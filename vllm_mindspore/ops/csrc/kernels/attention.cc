@@ -81,15 +81,21 @@ VLLM_MS_INLINE int64_t head_of(const Task &t, int64_t row) {
   return (t.task.first_head + row / t.rows_per_head) * t.group + row % t.group;
 }
 
+constexpr int64_t kRowsAhead = 8;  // of queries and results: rows lie too far apart for the processor's own prefetching
+
 float weight_at(const Weight &weight, int64_t i) {
   VLLM_MS_DISPATCH_FLOAT(weight.dtype, T, { return to_float(static_cast<const T *>(weight.data)[i]); })
 }
 
 void load_queries(const Task &t) {
   const int64_t size = t.in.cache.head_size;
+  const auto query_at = [&](int64_t row) {
+    return t.in.query + (t.token + query_of(t, row)) * t.in.query_stride + head_of(t, row) * size;
+  };
   for (int64_t row = 0; row < t.rows; ++row) {
     const int64_t token = t.token + query_of(t, row), head = head_of(t, row);
-    const float *query = t.in.query + token * t.in.query_stride + head * size;
+    const float *query = query_at(row);
+    if (row + kRowsAhead < t.rows) prefetch_row(query_at(row + kRowsAhead), size);
     float *out = t.work.query + row * t.padded;
     if (t.in.query_transform != nullptr) {
       transform_head(*t.in.query_transform, token, head, query, out);
@@ -113,8 +119,12 @@ void load_queries(const Task &t) {
 #endif
 }
 
+float *result_at(const Task &t, int64_t row) {
+  return t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head_of(t, row)) * t.in.cache.head_size;
+}
+
 // Divides by the denominator, to which a sink adds one term that carries no value.
-void write_row(const Task &t, int64_t row, RowState total) {
+void write_row(const Task &t, int64_t row, const RowState &total) {
   const int64_t size = t.in.cache.head_size, head = head_of(t, row);
   float numerator = 1.0f, sum = *total.sum;
   if (t.in.sinks) {
@@ -124,7 +134,8 @@ void write_row(const Task &t, int64_t row, RowState total) {
     sum = fma(set1(sum), set1(numerator), softmax_exp(set1(sink - highest)))[0];
   }
   const Vec scale = set1(sum == 0 ? 0.0f : numerator / sum);
-  float *out = t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head) * size;
+  float *out = result_at(t, row);
+  if (row + kRowsAhead < t.rows) prefetch_row(result_at(t, row + kRowsAhead), size);
   int64_t d = 0;
 #if defined(VLLM_MS_ATTENTION_BF16)
   if (fits_bf16(t.in.cache)) {

@@ -90,8 +90,6 @@ VLLM_MS_INLINE Vec widen(const bf16 *p) {
 #endif
 }
 
-constexpr int64_t kLine = 64;  // bytes that a prefetch brings
-
 // Memory that will be read soon: `bytes` from rows[j] + offset, one j for each key that is worked on meanwhile.
 struct Ahead {
   const char *const *rows;
@@ -165,7 +163,7 @@ struct RowState {
 // and accumulator to it. Weights outside [begin, end) are not to be read. `distance` = position of scores[0] - position
 // of the query.
 VLLM_MS_NOINLINE void softmax_row(const AttentionInputs &in, float *scores, int64_t begin, int64_t end, float slope,
-                                int64_t distance, RowState row) {
+                                int64_t distance, const RowState &row) {
   IVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   Vec highest = set1(-kInfinity);
@@ -269,7 +267,7 @@ VLLM_MS_NOINLINE void clear(float *max, float *sum, float *accumulator, int64_t 
 }
 
 // Folds one split's state into the total. Not inlined: one sequence of instructions for both ways of computing splits.
-VLLM_MS_NOINLINE void fold(float max, float sum, const float *accumulator, RowState total, int64_t size) {
+VLLM_MS_NOINLINE void fold(float max, float sum, const float *accumulator, const RowState &total, int64_t size) {
   if (max == -kInfinity && sum == 0) return;  // no key seen (a NaN in the scores leaves a NaN sum)
   if (*total.max == -kInfinity && *total.sum == 0) {
     *total.max = max;

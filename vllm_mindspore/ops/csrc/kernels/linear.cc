@@ -21,20 +21,15 @@ void multiply_blocks(const LinearArgs &args, int64_t first_token, const PackedRo
   parallel_for(ranges.workers(), 1, [&](int64_t, int64_t) {
     const Scratch sums_buffer(x.count * kBlock * sizeof(float));
     float *sums = sums_buffer.as<float>();
-    for (Ranges::Range range = ranges.take(), then; !range.empty(); range = then) {
-      for (int64_t block = range.begin; block < range.end; ++block) {
-        const bool last = block + 1 == range.end;
-        if (last) then = ranges.take();
-        const int64_t next_block = !last ? block + 1 : then.empty() ? block : then.begin;
-        const int64_t column = layout.column(block), count = layout.count(block);
-        const int64_t next = (layout.column(next_block) - column) * args.k;
-        const T *rows = weight + column * args.k;
-        const BlockRows<T> in_order = rows_in_order(rows, count, args.k, next);
-        const BlockRows<T> of_both{{rows, rows + layout.width * args.k}, {count, count}, 1, args.k, next};
-        multiply_block(args.activation.gated ? of_both : in_order, x, sums);
-        finish_block(args, first_token, x.count, column, count, sums);
-      }
-    }
+    ranges.for_each([&](int64_t block, int64_t next_block) {
+      const int64_t column = layout.column(block), count = layout.count(block);
+      const int64_t next = (layout.column(next_block) - column) * args.k;
+      const T *rows = weight + column * args.k;
+      const BlockRows<T> in_order = rows_in_order(rows, count, args.k, next);
+      const BlockRows<T> of_both{{rows, rows + layout.width * args.k}, {count, count}, 1, args.k, next};
+      multiply_block(args.activation.gated ? of_both : in_order, x, sums);
+      finish_block(args, first_token, x.count, column, count, sums);
+    });
   });
 }
 

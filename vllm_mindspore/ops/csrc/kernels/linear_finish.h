@@ -9,6 +9,7 @@ namespace VLLM_MS_ISA {
 
 constexpr int kBlock = 32;          // weight rows per unit of work; gated: 16 of gate, then 16 of up
 constexpr int kUp = kBlock / 2;     // where those of up begin
+constexpr int64_t kCachedResult = 16 << 20;  // bytes; larger results would only displace from the caches what is read
 
 VLLM_MS_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 VLLM_MS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -43,6 +44,7 @@ VLLM_MS_INLINE void finish_block(const LinearArgs &args, int64_t first_token, in
       }
     });
   }
+  const bool cached = args.m * width * static_cast<int64_t>(sizeof(float)) <= kCachedResult;
   with_activation(args.activation.kind, [&](auto tag) {
     for (int64_t t = 0; t < tokens; ++t) {
       const float *sum = sums + t * kBlock;
@@ -58,10 +60,15 @@ VLLM_MS_INLINE void finish_block(const LinearArgs &args, int64_t first_token, in
         }
         const int64_t n = min64(kLanes, count - i);
         if (args.residual != nullptr) v += load_part(args.residual + offset + i, n);
-        store_part(args.out + offset + i, v, n);
+        if (cached || n < kLanes) {
+          store_part(args.out + offset + i, v, n);
+        } else {
+          stream(args.out + offset + i, v);
+        }
       }
     }
   });
+  if (!cached) end_streaming();
 }
 
 }  // namespace VLLM_MS_ISA

@@ -237,19 +237,18 @@ void multiply_blocks(const LinearQuantizedArgs &args, int64_t first_token, const
     const Scratch spare_buffer(aligned ? 0 : x.count * kBlock * sizeof(float));
     float *sums = sums_buffer.as<float>();
     const Product<bits> product{args, x};
-    for (Ranges::Range range = ranges.take(); !range.empty(); range = ranges.take()) {
-      for (int64_t block = range.begin; block < range.end; ++block) {
-        if (!aligned) {
-          product.one(block, 1, sums);
-          product.unaligned(layout.width + layout.column(block), sums, spare_buffer.as<float>());
-        } else if (gated) {
-          product.pair(block, layout.width / kQuantRows + block, 1, sums);
-        } else {
-          product.pair(2 * block, min64(2 * block + 1, last), 2, sums);
-        }
-        finish_block(linear, first_token, x.count, layout.column(block), layout.count(block), sums);
+    ranges.for_each([&](int64_t block, int64_t next_block) {
+      const int64_t next = next_block - block;
+      if (!aligned) {
+        product.one(block, next, sums);
+        product.unaligned(layout.width + layout.column(block), sums, spare_buffer.as<float>());
+      } else if (gated) {
+        product.pair(block, layout.width / kQuantRows + block, next, sums);
+      } else {
+        product.pair(2 * block, min64(2 * block + 1, last), 2 * next, sums);
       }
-    }
+      finish_block(linear, first_token, x.count, layout.column(block), layout.count(block), sums);
+    });
   });
 }
 
