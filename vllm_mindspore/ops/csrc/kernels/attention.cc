@@ -342,15 +342,20 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
                            scores + row * kTileKeys, {tile.ahead, 0, row == 0 ? tile.half_bytes : 0});
     });
   }
+  const bool plain = t.in.soft_cap == 0 && !t.in.alibi_slopes;
   for (int64_t row = 0; row < t.rows_per_head; ++row) {
-    const bool seen = ranges[row].begin < ranges[row].end;
-    if (seen) {
-      const int64_t distance = t.in.alibi_slopes ? tile.start - (t.position + row / t.group) : 0;
-      softmax_row(t.in, scores + row * kTileKeys, ranges[row].begin, ranges[row].end, t.work.slopes[first + row],
-                  distance, {accumulator + row * t.padded, t.work.max + first + row, t.work.sum + first + row});
+    const RowState state{accumulator + row * t.padded, t.work.max + first + row, t.work.sum + first + row};
+    const KeyRange seen = ranges[row];
+    if (plain && seen.begin == 0 && seen.end == kTileKeys) {
+      softmax_whole_row(t.in, scores + row * kTileKeys, weights + row * kTileKeys, state);
+      continue;
     }
-    round_weights(scores + row * kTileKeys, seen ? ranges[row].begin : 0, seen ? ranges[row].end : 0,
-                  weights + row * kTileKeys);
+    const bool any = seen.begin < seen.end;
+    if (any) {
+      const int64_t distance = t.in.alibi_slopes ? tile.start - (t.position + row / t.group) : 0;
+      softmax_row(t.in, scores + row * kTileKeys, seen.begin, seen.end, t.work.slopes[first + row], distance, state);
+    }
+    round_weights(scores + row * kTileKeys, any ? seen.begin : 0, any ? seen.end : 0, weights + row * kTileKeys);
   }
   if (t.rows_per_head > kFewRows) {
     pair_values(tile.values, tile.begin / 2 * 2, (tile.end + 1) / 2 * 2, size,

@@ -43,48 +43,88 @@ VLLM_MS_NOINLINE void turn_keys(const void *const *keys, int64_t begin, int64_t 
   }
 }
 
-// As score_pairs, bit for bit, with keys that turn_keys has turned: a sum over lanes there is one over vectors here, in
-// the order of sum_each.
-template <int R>
-VLLM_MS_NOINLINE void score_turned(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size,
-                                   float *scores) {
-  for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
-    const bf16 *block = keys + j * size;
-    // What is one lane's sum there.
-    const auto lane = [&](int l, Vec(&sum)[R]) {
+// Scores of R queries with the keys of N blocks of 16 that turn_keys has turned: score_pairs's, bit for bit. A sum over
+// lanes there is one over vectors here, in the order of sum_each.
+template <int R, int N>
+VLLM_MS_NOINLINE void score_blocks(const bf16 *queries, const bf16 *blocks, int64_t size, float *scores) {
+  // What is one lane's sum there.
+  const auto lane = [&](int l, Vec(&sum)[R][N]) {
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) sum[r] = zero();
-      for (int64_t d = 0; d < size; d += kPairs) {
-        const __m512bh key = load_pairs(block + (d + 2 * l) * kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) sum[r] = dot_pairs(repeat_pair(queries + r * size + d + 2 * l), key, sum[r]);
-      }
-    };
-    Vec total[R];
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Vec halves[R];
-#pragma GCC unroll 2
-      for (int quarter = 0; quarter < 2; ++quarter) {
-        Vec quad[R];
-#pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd) {
-          const int l = 8 * half + 4 * quarter + odd;
-          Vec first[R], second[R];
-          lane(l, first);
-          lane(l + 2, second);
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) quad[r] = odd == 0 ? first[r] + second[r] : quad[r] + (first[r] + second[r]);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) halves[r] = quarter == 0 ? quad[r] : halves[r] + quad[r];
-      }
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) total[r] = half == 0 ? halves[r] : total[r] + halves[r];
+      for (int n = 0; n < N; ++n) sum[r][n] = zero();
     }
+    for (int64_t d = 0; d < size; d += kPairs) {
+      __m512bh keys[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) keys[n] = load_pairs(blocks + (n * size + d + 2 * l) * kLanes);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) store(scores + r * kTileKeys + j, total[r]);
+      for (int r = 0; r < R; ++r) {
+        const __m512bh query = repeat_pair(queries + r * size + d + 2 * l);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[r][n] = dot_pairs(query, keys[n], sum[r][n]);
+      }
+    }
+  };
+  const auto each = [&](auto body) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) body(r, n);
+    }
+  };
+  Vec total[R][N];
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    Vec halves[R][N];
+#pragma GCC unroll 2
+    for (int quarter = 0; quarter < 2; ++quarter) {
+      Vec quad[R][N];
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const int l = 8 * half + 4 * quarter + odd;
+        Vec first[R][N], second[R][N];
+        lane(l, first);
+        lane(l + 2, second);
+        each([&](int r, int n) {
+          const Vec both = first[r][n] + second[r][n];
+          quad[r][n] = odd == 0 ? both : quad[r][n] + both;
+        });
+      }
+      each([&](int r, int n) { halves[r][n] = quarter == 0 ? quad[r][n] : halves[r][n] + quad[r][n]; });
+    }
+    each([&](int r, int n) { total[r][n] = half == 0 ? halves[r][n] : total[r][n] + halves[r][n]; });
   }
+  each([&](int r, int n) { store(scores + r * kTileKeys + n * kLanes, total[r][n]); });
+}
+
+// For keys from the last multiple of 16 up to `begin` on.
+template <int R>
+VLLM_MS_INLINE void score_turned(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size,
+                                 float *scores) {
+  int64_t j = begin / kLanes * kLanes;
+  for (; j + kLanes < end; j += 2 * kLanes) score_blocks<R, 2>(queries, keys + j * size, size, scores + j);
+  if (j < end) score_blocks<R, 1>(queries, keys + j * size, size, scores + j);
+}
+
+// softmax_row and round_weights in one, for a row that sees the whole tile and whose scores are only scaled.
+VLLM_MS_NOINLINE void softmax_whole_row(const AttentionInputs &in, const float *scores, bf16 *weights,
+                                        const RowState &row) {
+  constexpr int kVectors = kTileKeys / kLanes;
+  Vec x[kVectors], highest = set1(-kInfinity), sum = zero();
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) {
+    x[i] = load(scores + i * kLanes) * in.scale;
+    highest = vmax(x[i], highest);
+  }
+  const Base base = raise(in, highest, row);
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) {
+    const Vec weight = softmax_exp(x[i] - base.value);
+    store_rounded(weights + i * kLanes, weight);
+    sum += weight;
+  }
+  *row.sum = *row.sum * base.rescale + hsum(sum);
 }
 
 // Values [begin, end), both even, as [kTileKeys / 2][size / 16][16][2]: of two values side by side.

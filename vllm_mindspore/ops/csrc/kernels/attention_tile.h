@@ -159,6 +159,26 @@ struct RowState {
   float *sum;
 };
 
+struct Base {
+  float value;    // that scores are taken relative to
+  float rescale;  // of the sum so far
+};
+
+// Raises the row's running maximum to that of `highest`, and rescales its accumulator.
+VLLM_MS_INLINE Base raise(const AttentionInputs &in, Vec highest, const RowState &row) {
+  const float before = *row.max, top = highest_lane(highest), now = top > before ? top : before;
+  Base base{now == -kInfinity ? 0.0f : now, 1.0f};
+  if (before != now && before != -kInfinity) {
+    base.rescale = softmax_exp(before - now);
+    const Vec scales = set1(base.rescale);
+    for (int64_t d = 0; d < in.cache.head_size; d += kLanes) {
+      store(row.accumulator + d, load(row.accumulator + d) * scales);
+    }
+  }
+  *row.max = now;
+  return base;
+}
+
 // Turns the scores of keys [begin, end) into weights relative to the row's running maximum, and rescales the row's sum
 // and accumulator to it. Weights outside [begin, end) are not to be read. `distance` = position of scores[0] - position
 // of the query.
@@ -182,24 +202,14 @@ VLLM_MS_NOINLINE void softmax_row(const AttentionInputs &in, float *scores, int6
     store(scores + j, x);
     highest = vmax(x, highest);
   }
-  const float before = *row.max, top = highest_lane(highest), now = top > before ? top : before;
-  const float base = now == -kInfinity ? 0.0f : now;
+  const Base base = raise(in, highest, row);
   Vec sum = zero();
   for (int64_t j = start; j < end; j += kLanes) {
-    const Vec weight = softmax_exp(load(scores + j) - base);
+    const Vec weight = softmax_exp(load(scores + j) - base.value);
     store(scores + j, weight);
     sum += weight;
   }
-  float rescale = 1.0f;
-  if (before != now && before != -kInfinity) {
-    rescale = softmax_exp(before - now);
-    const Vec scales = set1(rescale);
-    for (int64_t d = 0; d < in.cache.head_size; d += kLanes) {
-      store(row.accumulator + d, load(row.accumulator + d) * scales);
-    }
-  }
-  *row.max = now;
-  *row.sum = *row.sum * rescale + hsum(sum);
+  *row.sum = *row.sum * base.rescale + hsum(sum);
 }
 
 // accumulator[r, offset : offset + N * kLanes] += weights[r, j] * value[j] for j in [begin, end), ascending: one chain
