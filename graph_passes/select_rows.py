@@ -20,6 +20,7 @@ ROW_TENSORS = {
     "binary": ("x", "y"),
     "moe_route": ("logits",),
     "moe_experts": ("x", "routing", "residual"),
+    "all_reduce": ("x",),  # all ranks select the same rows
 }
 
 

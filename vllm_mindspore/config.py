@@ -38,7 +38,6 @@ def check_and_update(vllm_config) -> None:
 
 def _refuse_parallelism(parallel_config) -> None:
     for option, value in (
-        ("--tensor-parallel-size", parallel_config.tensor_parallel_size),
         ("--pipeline-parallel-size", parallel_config.pipeline_parallel_size),
         ("--data-parallel-size", parallel_config.data_parallel_size),
         ("--decode-context-parallel-size", parallel_config.decode_context_parallel_size),
@@ -52,6 +51,12 @@ def _refuse_parallelism(parallel_config) -> None:
     ):
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
+    executor = parallel_config.distributed_executor_backend
+    if parallel_config.world_size > 1 and executor not in (None, "mp"):
+        option = "--distributed-executor-backend"
+        raise UnsupportedOptionError(option, executor, "mp, processes on one host", "Leave the option out.")
+    if parallel_config.nnodes > 1:
+        raise UnsupportedOptionError("--nnodes", parallel_config.nnodes, "one host", "Start all ranks on one host.")
 
 
 def _refuse_options(vllm_config) -> None:

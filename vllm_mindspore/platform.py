@@ -101,7 +101,11 @@ class MindSporePlatform(Platform):
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
-        return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+        return "vllm_mindspore.distributed.communicator.MindSporeCommunicator"
+
+    @classmethod
+    def use_custom_op_collectives(cls) -> bool:
+        return True  # so that the capture sees them
 
     @classmethod
     def get_punica_wrapper(cls) -> str:

@@ -32,7 +32,6 @@ MODELS = {
                          time_step_rank=4), "state-space layers"),
 }  # fmt: skip
 OPTIONS = {
-    "--tensor-parallel-size": dict(tensor_parallel_size=3),
     "--pipeline-parallel-size": dict(pipeline_parallel_size=2),
     "--data-parallel-size": dict(data_parallel_size=2),
     "--enable-lora": dict(enable_lora=True),
@@ -94,8 +93,9 @@ def test_a_chosen_grammar_library_stays_chosen(configure):
 
 
 def test_the_command_line_ends_with_the_reason():
-    result = commands.run(["vllm", "serve", str(model_path()), "--backend", "mindspore", "--tensor-parallel-size", "2"])
+    options = ["--backend", "mindspore", "--pipeline-parallel-size", "2"]
+    result = commands.run(["vllm", "serve", str(model_path()), *options])
     output = result.stdout + result.stderr
     assert result.returncode == 1
-    assert output.count("--tensor-parallel-size: found 2. The MindSpore backend supports 1.") == 1
+    assert output.count("--pipeline-parallel-size: found 2. The MindSpore backend supports 1.") == 1
     assert "EngineCore" not in output and "Loading" not in output

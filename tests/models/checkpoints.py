@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from .families import FAMILIES
+from .families import EVERY_FAMILY
 from .family import EOS_TOKEN_ID, TOKENIZER_SIZE, Family, Scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +50,7 @@ def checkpoint(name: str, dtype: str = "float32") -> Path:
     dtype: "float32" or "bfloat16" of the tensors on disk; bfloat16 ones are the float32 ones rounded.
     Safe to call from several processes at once. Raises KeyError for an unknown family or dtype.
     """
-    family, torch_dtype = FAMILIES[name], DTYPES[dtype]
+    family, torch_dtype = EVERY_FAMILY[name], DTYPES[dtype]
     with _written_once(f"{name}-{dtype}") as folder:
         if folder is not None:
             _write(family, torch_dtype, folder)

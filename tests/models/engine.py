@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from .checkpoints import checkpoint
-from .families import FAMILIES
+from .families import EVERY_FAMILY
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def engine(name: str, dtype: str = "float32", folder: Path | None = None, **opti
     from vllm.platforms import current_platform
 
     assert current_platform.device_name  # chosen now: the environment variables it sets must outlive the patch below
-    rewrites_classes = FAMILIES[name].vllm_class.startswith("Transformers")
+    rewrites_classes = EVERY_FAMILY[name].vllm_class.startswith("Transformers")
     with mock.patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(rewrites_classes))):
         stored = "bfloat16" if dtype == "bfloat16" else "float32"
         yield from _engine(name, folder or checkpoint(name, stored), dtype, options)
@@ -36,7 +36,7 @@ def _engine(name: str, folder: Path, dtype: str, options: dict) -> Iterator:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, disable_log_stats=True, seed=0)
-    llm = LLM(str(folder), dtype=dtype, **{**settings, **FAMILIES[name].llm, **options})
+    llm = LLM(str(folder), dtype=dtype, **{**settings, **EVERY_FAMILY[name].llm, **options})
     try:
         yield llm
     finally:

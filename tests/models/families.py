@@ -39,6 +39,7 @@ from transformers import (
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .hub_families import HUB_FAMILIES
 from .moe_families import MOE_FAMILIES
+from .parallel_families import PARALLEL_FAMILIES
 
 
 def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
@@ -433,3 +434,4 @@ _LATENTS = [
 
 _ALL = (*_LLAMAS, *_GEMMAS, *_GPTS, *_LATENTS, *HUB_FAMILIES, *MOE_FAMILIES)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+EVERY_FAMILY = {**FAMILIES, **PARALLEL_FAMILIES}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.falcon import modeling_falcon
 
 from .checkpoints import SPECIAL_TOKENS, checkpoint
-from .families import FAMILIES
+from .families import EVERY_FAMILY
 from .family import TOKENIZER_SIZE, Family
 
 PROMPT_LENGTHS = (1, 2, 5, 19, 37, 66, 103, 151)
@@ -170,4 +170,4 @@ _CLASSES = {
 @cache
 def reference(name: str, dtype: str = "float32", folder: Path | None = None) -> Reference:
     """The reference of family `name` on the weights of `checkpoint(name, dtype)`, or of another one of it."""
-    return _CLASSES.get(name, Reference)(FAMILIES[name], folder or checkpoint(name, dtype))
+    return _CLASSES.get(name, Reference)(EVERY_FAMILY[name], folder or checkpoint(name, dtype))

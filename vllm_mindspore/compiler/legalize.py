@@ -9,11 +9,13 @@ import operator
 from collections.abc import Callable
 
 import torch
+import vllm.distributed.parallel_state  # noqa: F401  defines torch.ops.vllm.all_reduce and others
 import vllm.ir.ops  # noqa: F401  defines torch.ops.vllm_ir
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vllm_mindspore.compiler.capture import CapturedGraph
+from vllm_mindspore.ops.collectives import group_in_graphs
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -198,6 +200,22 @@ def _embedding(graph, node):
     return call(graph, aten.reshape.default, rows, [*_sizes(graph, ids), value(weight).shape[1]])
 
 
+def _collective(name: str) -> Rule:
+    """vLLM names a group "tp:0": the number counts the engines of a process, and is none of the graph's business."""
+
+    def rewrite(graph, node):
+        target = getattr(torch.ops.vllm_ms, name).default
+        values = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+        values.update(node.kwargs)
+        group = group_in_graphs(values["group_name"])
+        if name == "all_reduce":
+            return call(graph, target, values["tensor"], group)
+        dim = values["dim"] % value(values["tensor"]).dim()
+        return call(graph, target, values["tensor"], dim, values["world_size"], group)
+
+    return rewrite
+
+
 def _sizes(graph, node) -> list:
     """The sizes of a tensor: an integer where known, else a node that computes it."""
     return [
@@ -317,6 +335,9 @@ def _activation(name: str) -> Rule:
     return rewrite
 
 
+RULES[torch.ops.vllm.all_reduce.default] = _collective("all_reduce")
+RULES[torch.ops.vllm.all_gather.default] = _collective("all_gather")
+RULES[torch.ops.vllm.reduce_scatter.default] = _collective("reduce_scatter")
 RULES[aten.relu.default] = _activation("relu")
 RULES[aten.silu.default] = _activation("silu")
 RULES[aten.sigmoid.default] = _activation("sigmoid")

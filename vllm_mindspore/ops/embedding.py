@@ -7,7 +7,7 @@ from vllm_mindspore.ops.fakes import like_input
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
-def _fake(ids, weight):
+def _fake(ids, weight, first=0):
     return like_input(weight, (*ids.shape, weight.shape[1]))
 
 
@@ -23,6 +23,14 @@ OPERATORS = [
         fake=_fake,
         cpu="Embedding",
         ascend=ascend_cell("Embedding"),
+        columns=_columns,
+    ),
+    Operator(
+        # weight: rows first, first + 1, ... of a table that several ranks share; zeros where an id is in none of them
+        name="embedding_shard",
+        schema=Schema.parse("(Tensor ids, Tensor weight, int first) -> Tensor"),
+        fake=_fake,
+        cpu="EmbeddingShard",
         columns=_columns,
     ),
 ]

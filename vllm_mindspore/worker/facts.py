@@ -28,6 +28,21 @@ def of_model(model: torch.nn.Module, vllm_config: VllmConfig) -> dict[str, objec
         "dtype": str(vllm_config.model_config.dtype),
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "quantization": vllm_config.model_config.quantization,
+        "parallel": of_rank(vllm_config.parallel_config),
+    }
+
+
+def of_rank(parallel_config) -> dict[str, int]:
+    """The sizes of the engine's groups and this rank's places: its graphs have its part of the weights."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    return {
+        "tp_size": parallel_config.tensor_parallel_size,
+        "pp_size": parallel_config.pipeline_parallel_size,
+        "dp_size": parallel_config.data_parallel_size,
+        "expert_parallel": int(parallel_config.enable_expert_parallel),
+        "tp_rank": get_tensor_model_parallel_rank(),
+        "pp_rank": get_pp_group().rank_in_group,
     }
 
 

@@ -5,10 +5,12 @@ Norms need nothing here: they reach the capture as `vllm_ir` operators. Mixtures
 """
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers import activation, rotary_embedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import DeepseekScalingRotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_mindspore.worker import moe
 
@@ -47,6 +49,21 @@ ACTIVATIONS = {
 }
 
 
+class MindSporeVocabParallelEmbedding(VocabParallelEmbedding):
+    """vLLM's embedding, of which each rank has some rows: an operator looks up its own, and ranks add what they found.
+
+    vLLM masks the ids of other ranks in a function that it compiles, which a capture cannot go through.
+    """
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        if self.tp_size == 1:
+            return super().forward(input_)
+        first = self.shard_indices.org_vocab_start_index
+        rows = torch.ops.vllm_ms.embedding_shard(input_.reshape(-1), self.weight, first).to(self.weight.dtype)
+        rows = rows.view(*input_.shape, self.embedding_dim)
+        return tensor_model_parallel_all_reduce(rows) if self.reduce_results else rows
+
+
 def _rotary_classes() -> list[type]:
     """vLLM's rotary embeddings that differ only in their table: `RotaryEmbedding`'s forward, inherited or repeated."""
     classes = {RotaryEmbedding, DeepseekScalingRotaryEmbedding}
@@ -63,7 +80,7 @@ def register() -> None:
         _register(cls, _rotary)
     for name, forward in ACTIVATIONS.items():
         _register(getattr(activation, name), forward)
-    for name, cls in moe.REPLACEMENTS.items():
+    for name, cls in {**moe.REPLACEMENTS, "VocabParallelEmbedding": MindSporeVocabParallelEmbedding}.items():
         if name not in op_registry_oot:
             CustomOp.register_oot(cls, name=name)
 

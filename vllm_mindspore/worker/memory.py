@@ -44,13 +44,14 @@ def _cgroup_value(v2: str, v1: str) -> int | None:
     return None
 
 
-def kv_cache_bytes(cache_config, minimum: int, maximum: int) -> int:
-    """Bytes the KV cache may take, asked after weights and activations are resident.
+def kv_cache_bytes(cache_config, minimum: int, maximum: int, ranks: int = 1) -> int:
+    """Bytes the KV cache of one rank may take, asked after weights and activations are resident.
 
     In order: --kv-cache-memory-bytes, `VLLM_MS_KV_CACHE_GIB`, --gpu-memory-utilization when it is not vLLM's default
     (share of total memory this process may reach), else 4 GiB, or what one request of --max-model-len needs
     (`minimum`, bytes) if that is more, but at most what --max-num-seqs such requests need (`maximum`, bytes) and half
-    of the free memory.
+    of the free memory. Of what is free or a share of the total, and of the 4 GiB, each of the host's `ranks` takes an
+    equal part; bytes that are asked for are for each.
 
     Raises:
         ValueError: more memory is asked for than is free; names the option and both sizes.
@@ -62,9 +63,9 @@ def kv_cache_bytes(cache_config, minimum: int, maximum: int) -> int:
         explicit = _gib_from_environment(os.environ[source])
     if explicit is None and cache_config.gpu_memory_utilization != _default_utilization():
         source = f"--gpu-memory-utilization {cache_config.gpu_memory_utilization}"
-        explicit = int(total_memory() * cache_config.gpu_memory_utilization) - resident_memory()
+        explicit = int(total_memory() * cache_config.gpu_memory_utilization / ranks) - resident_memory()
     if explicit is None:
-        return min(max(DEFAULT_KV_CACHE, minimum), maximum, int(free * DEFAULT_SHARE_OF_FREE))
+        return min(max(DEFAULT_KV_CACHE // ranks, minimum), maximum, int(free * DEFAULT_SHARE_OF_FREE) // ranks)
     if not 0 < explicit <= free:
         raise ValueError(
             f"{source}: the KV cache would take {format_gib(explicit)} GiB, but {format_gib(free)} GiB of "

@@ -1,6 +1,8 @@
 """vLLM's V1 worker on MindSpore: the first place in a process where MindSpore is imported."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -10,6 +12,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
+from vllm_mindspore.distributed import groups, hosts
 from vllm_mindspore.worker import memory
 
 logger = init_logger("vllm.vllm_mindspore.worker")
@@ -28,7 +31,10 @@ class MindSporeWorker(WorkerBase):
         logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
         self.device = torch.device("cpu")
         torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
-        if self.parallel_config.world_size == 1 and not torch.distributed.is_initialized():
+        ranks = hosts.local_ranks(self.parallel_config)
+        if ranks > 1:
+            hosts.take_share_of_cpus(hosts.index_on_host(self.parallel_config, self.local_rank), ranks)
+        if self.parallel_config.world_size_across_dp == 1 and not torch.distributed.is_initialized():
             # By default the group's store would be a file in /tmp that nobody deletes.
             torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
         init_distributed_environment(
@@ -41,6 +47,23 @@ class MindSporeWorker(WorkerBase):
         from vllm_mindspore.worker.model_runner import MindSporeModelRunner
 
         self.model_runner = MindSporeModelRunner(self.vllm_config, self.device)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """While this rank runs what the others run too: it tells them when it fails, and says why they did.
+
+        Raises:
+            GroupError: another rank died, stalled or failed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.parallel_config.world_size_across_dp == 1:
+                raise
+            groups.fail(f"{type(error).__name__}: {error}")
+            if reason := groups.failure():
+                raise groups.GroupError(reason) from error
+            raise
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with set_current_vllm_config(self.vllm_config):
@@ -55,10 +78,11 @@ class MindSporeWorker(WorkerBase):
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, after the graphs are compiled and the largest step has run once."""
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), self._together():
             self.model_runner.compile_and_profile()
         one = self.model_runner.kv_cache_bytes_of_one_request()
-        size = memory.kv_cache_bytes(self.cache_config, one, one * (self.scheduler_config.max_num_seqs + 1))
+        most, ranks = one * (self.scheduler_config.max_num_seqs + 1), hosts.local_ranks(self.parallel_config)
+        size = memory.kv_cache_bytes(self.cache_config, one, most, ranks)
         logger.info(
             "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
             *(
@@ -79,8 +103,9 @@ class MindSporeWorker(WorkerBase):
     @torch.inference_mode()
     def compile_or_warm_up_model(self) -> CompilationTimes:
         begin = time.perf_counter()
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), self._together():
             self.model_runner.warm_up()
+        groups.use_step_timeout()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(
             language_model=self.model_runner.compile_seconds + time.perf_counter() - begin, encoder=0.0
@@ -88,11 +113,13 @@ class MindSporeWorker(WorkerBase):
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output):
-        return self.model_runner.execute_model(scheduler_output)
+        with self._together():
+            return self.model_runner.execute_model(scheduler_output)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output):
-        return self.model_runner.sample_tokens(grammar_output)
+        with self._together():
+            return self.model_runner.sample_tokens(grammar_output)
 
     @torch.inference_mode()
     def execute_dummy_batch(self) -> None:

@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "coded.h"
+#include "collectives.h"
 #include "columns.h"
 #include "isa.h"
 #include "kernels/quantized_weight.h"
@@ -15,15 +16,25 @@
 
 #define VLLM_MS_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Writes the name of the instruction-set variant in use and returns 0, or writes what is wrong and returns 1.
-VLLM_MS_EXPORT int vllm_ms_cpu_isa(char *text, int size) {
+namespace {
+
+// Runs f; returns 0, or writes what it threw and returns 1.
+template <class F>
+int reported(char *text, int size, F f) {
   try {
-    std::snprintf(text, size, "%s", vllm_ms::isa_name(vllm_ms::isa()));
+    f();
     return 0;
   } catch (const std::exception &error) {
     std::snprintf(text, size, "%s", error.what());
     return 1;
   }
+}
+
+}  // namespace
+
+// Writes the name of the instruction-set variant in use and returns 0, or writes what is wrong and returns 1.
+VLLM_MS_EXPORT int vllm_ms_cpu_isa(char *text, int size) {
+  return reported(text, size, [&] { std::snprintf(text, size, "%s", vllm_ms::isa_name(vllm_ms::isa())); });
 }
 
 VLLM_MS_EXPORT int vllm_ms_num_threads() { return vllm_ms::num_threads(); }
@@ -76,4 +87,41 @@ VLLM_MS_EXPORT int vllm_ms_launch_addresses(int64_t *out, int size) {
   const std::vector<int64_t> found = vllm_ms::launch_addresses();
   std::copy_n(found.begin(), std::min<size_t>(size, found.size()), out);
   return static_cast<int>(found.size());
+}
+
+// See collectives.h. Joins or makes a group; returns the descriptor of its memory, or writes what is wrong and returns -1.
+VLLM_MS_EXPORT int vllm_ms_join_group(const char *name, int rank, int size, const char *memory, int64_t slot_bytes,
+                                      double timeout, int64_t spin_nanoseconds, char *text, int text_size) {
+  int file = -1;
+  reported(text, text_size, [&] {
+    file = vllm_ms::join_group({name, rank, size, memory, slot_bytes, timeout, spin_nanoseconds}).file();
+  });
+  return file;
+}
+VLLM_MS_EXPORT void vllm_ms_leave_group(const char *name) { vllm_ms::leave_group(name); }
+VLLM_MS_EXPORT void vllm_ms_set_group_timeout(double seconds) { vllm_ms::set_group_timeout(seconds); }
+VLLM_MS_EXPORT void vllm_ms_fail_groups(const char *reason) { vllm_ms::fail_groups(reason); }
+VLLM_MS_EXPORT void vllm_ms_group_failure(char *text, int size) {
+  std::snprintf(text, size, "%s", vllm_ms::group_failure().c_str());
+}
+
+// Collectives of tensors outside of a graph; dtype as for vllm_ms_quantize_weight. Return 0, or write what is wrong and
+// return 1.
+VLLM_MS_EXPORT int vllm_ms_all_reduce(const char *name, const void *x, int64_t count, int dtype, void *out, char *text,
+                                      int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::group(name).all_reduce(x, count, static_cast<vllm_ms::DType>(dtype), out);
+  });
+}
+VLLM_MS_EXPORT int vllm_ms_all_gather(const char *name, const void *x, int64_t outer, int64_t inner, int dtype,
+                                      void *out, char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::group(name).all_gather(x, outer, inner, static_cast<vllm_ms::DType>(dtype), out);
+  });
+}
+VLLM_MS_EXPORT int vllm_ms_reduce_scatter(const char *name, const void *x, int64_t outer, int64_t inner, int dtype,
+                                          void *out, char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::group(name).reduce_scatter(x, outer, inner, static_cast<vllm_ms::DType>(dtype), out);
+  });
 }

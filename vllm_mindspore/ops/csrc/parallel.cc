@@ -1,17 +1,13 @@
 #include "parallel.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -20,47 +16,14 @@
 #include <thread>
 #include <vector>
 
+#include "waiting.h"
+
 namespace vllm_ms {
 namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kChunksPerThread = 8;
 constexpr int64_t kSpinNanoseconds = 100000;  // longer than the gap between two operators of one graph
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-int64_t monotonic_nanoseconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
-}
-
-// Spins until done() or for kSpinNanoseconds; returns done().
-template <class Done>
-bool spin_until(Done done) {
-  const int64_t deadline = monotonic_nanoseconds() + kSpinNanoseconds;
-  do {
-    for (int i = 0; i < 16; ++i) {
-      if (done()) return true;
-      relax();
-    }
-  } while (monotonic_nanoseconds() < deadline);
-  return done();
-}
-
-void futex_wait(std::atomic<uint32_t> *word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
-}
-
-void futex_wake_all(std::atomic<uint32_t> *word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-}
 
 // The main thread's mask, not the calling thread's: MindSpore's runtime may have bound the caller to one CPU.
 cpu_set_t process_affinity() {
@@ -120,7 +83,7 @@ class Pool {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     ticket_.store(static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(chunks), std::memory_order_release);
     epoch_.store(epoch, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&epoch_);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&epoch_, Sharing::process);
     run_chunks();
     wait_done();
     busy_.store(false, std::memory_order_release);
@@ -130,7 +93,7 @@ class Pool {
   void stop() {
     stop_.store(true, std::memory_order_seq_cst);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
-    futex_wake_all(&epoch_);
+    futex_wake_all(&epoch_, Sharing::process);
   }
 
  private:
@@ -182,16 +145,16 @@ class Pool {
       const int64_t begin = ((n + chunk - 1) / chunk - static_cast<uint32_t>(ticket)) * chunk;
       body(context, begin, std::min(n, begin + chunk));
       if (remaining_.fetch_sub(1, std::memory_order_seq_cst) == 1 && caller_sleeps_.load(std::memory_order_seq_cst)) {
-        futex_wake_all(&remaining_);
+        futex_wake_all(&remaining_, Sharing::process);
       }
       ticket = ticket_.load(std::memory_order_acquire);
     }
   }
 
   void wait_done() {
-    if (spin_until([this] { return remaining_.load(std::memory_order_acquire) == 0; })) return;
+    if (spin_until(kSpinNanoseconds, [this] { return remaining_.load(std::memory_order_acquire) == 0; })) return;
     caller_sleeps_.store(true, std::memory_order_seq_cst);
-    for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) futex_wait(&remaining_, left);
+    for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) futex_wait(&remaining_, left, Sharing::process);
     caller_sleeps_.store(false, std::memory_order_relaxed);
   }
 
@@ -199,9 +162,9 @@ class Pool {
     uint32_t seen = 0;
     for (;;) {
       uint32_t epoch = seen;
-      if (!spin_until([&] { return (epoch = epoch_.load(std::memory_order_acquire)) != seen; })) {
+      if (!spin_until(kSpinNanoseconds, [&] { return (epoch = epoch_.load(std::memory_order_acquire)) != seen; })) {
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        while ((epoch = epoch_.load(std::memory_order_seq_cst)) == seen) futex_wait(&epoch_, seen);
+        while ((epoch = epoch_.load(std::memory_order_seq_cst)) == seen) futex_wait(&epoch_, seen, Sharing::process);
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
       }
       if (stop_.load(std::memory_order_acquire)) return;

@@ -44,8 +44,9 @@ void embedding(const EmbeddingArgs &args) {
   const int64_t grain = args.width > 0 ? (kElementsPerChunk + args.width - 1) / args.width : args.tokens;
   parallel_for(args.tokens, grain, [&args](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t id = args.id_dtype == DType::i32 ? static_cast<const int32_t *>(args.ids)[t]
-                                                     : static_cast<const int64_t *>(args.ids)[t];
+      const int64_t given = args.id_dtype == DType::i32 ? static_cast<const int32_t *>(args.ids)[t]
+                                                        : static_cast<const int64_t *>(args.ids)[t];
+      const int64_t id = given - args.first;
       float *out = args.out + t * args.width;
       if (id < 0 || id >= args.vocabulary) {
         std::memset(out, 0, args.width * sizeof(float));

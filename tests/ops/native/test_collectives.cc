@@ -1,0 +1,165 @@
+#include "collectives.h"
+
+#include <unistd.h>
+
+#include <cmath>
+#include <functional>
+#include <thread>
+
+#include "testing.h"
+
+using namespace vllm_ms;
+using testing::Stored;
+
+namespace {
+
+// Runs body(group, rank) on `size` threads, each with a Group of its own on one memory. Returns what they threw.
+std::vector<std::string> with_ranks(int size, int64_t slot_bytes, const std::function<void(Group &, int)> &body,
+                                    double timeout = 60) {
+  GroupOptions options{"test", 0, size, "", slot_bytes, timeout, 100000};
+  std::vector<std::unique_ptr<Group>> groups;
+  groups.push_back(std::make_unique<Group>(options));
+  options.memory = "/proc/self/fd/" + std::to_string(groups[0]->file());
+  for (options.rank = 1; options.rank < size; ++options.rank) groups.push_back(std::make_unique<Group>(options));
+  std::vector<std::string> errors(size);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        body(*groups[rank], rank);
+      } catch (const std::runtime_error &error) {
+        errors[rank] = error.what();
+      }
+    });
+  }
+  for (std::thread &thread : threads) thread.join();
+  return errors;
+}
+
+void expect_none(const std::vector<std::string> &errors) {
+  for (const std::string &error : errors) CHECK(error.empty()) << error;
+}
+
+std::vector<Stored> inputs(int size, int64_t count, DType dtype, uint32_t seed) {
+  testing::Random random(seed);
+  std::vector<Stored> all;
+  for (int rank = 0; rank < size; ++rank) all.emplace_back(random.normals(count), dtype);
+  return all;
+}
+
+// Of elements added one rank after the other.
+double tolerance(DType dtype) { return dtype == DType::f32 ? 1e-6 : dtype == DType::bf16 ? 1e-2 : 2e-3; }
+
+}  // namespace
+
+TEST(collectives_against_float64) {
+  testing::for_each_isa([] {
+    uint32_t seed = 1;
+    for (DType dtype : testing::kFloatTypes) {
+      for (int size : {1, 2, 3, 5}) {
+        for (int64_t outer : {1, 3, 40}) {
+          for (int64_t inner : {1, 7, 64, 1001}) {
+            const int64_t count = outer * inner, bytes = dtype_size(dtype);
+            const std::vector<Stored> x = inputs(size, count * size, dtype, ++seed);
+            std::vector<std::vector<char>> sums(size), gathered(size), parts(size);
+            expect_none(with_ranks(size, 4096, [&](Group &group, int rank) {  // most need several rounds
+              sums[rank].resize(count * bytes);
+              gathered[rank].resize(count * size * bytes);
+              parts[rank].resize(count * bytes);
+              const void *mine = x[rank].weight().data;
+              group.all_reduce(mine, count, dtype, sums[rank].data());
+              group.all_gather(mine, outer, inner, dtype, gathered[rank].data());
+              group.barrier();
+              group.reduce_scatter(mine, outer, inner, dtype, parts[rank].data());
+            }));
+            const auto value = [&](const std::vector<char> &data, int64_t i) {
+              double result = 0;
+              VLLM_MS_DISPATCH_FLOAT(dtype, T, { result = to_float(reinterpret_cast<const T *>(data.data())[i]); });
+              return result;
+            };
+            for (int rank = 0; rank < size; ++rank) {
+              CHECK(sums[rank] == sums[0] && gathered[rank] == gathered[0]) << "rank " << rank << " of " << size;
+              double worst = 0;
+              for (int64_t i = 0; i < count; ++i) {
+                const int64_t row = i / inner, column = i % inner;
+                double sum = 0, part = 0;
+                for (int r = 0; r < size; ++r) {
+                  sum += x[r][i];
+                  part += x[r][(row * size + rank) * inner + column];
+                  worst = std::max(worst, std::abs(value(gathered[rank], (row * size + r) * inner + column) - x[r][i]));
+                }
+                worst = std::max(worst, std::abs(value(sums[rank], i) - sum) / (1 + std::abs(sum)));
+                worst = std::max(worst, std::abs(value(parts[rank], i) - part) / (1 + std::abs(part)));
+              }
+              CHECK(worst < tolerance(dtype)) << worst << " " << testing::dtype_name(dtype) << " " << size << " ranks, "
+                                              << outer << " x " << inner;
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(collectives_in_place_and_often) {
+  for (int size : {2, 4}) {
+    expect_none(with_ranks(size, 4096, [&](Group &group, int rank) {
+      std::vector<float> x(333);
+      for (int repeat = 0; repeat < 3000; ++repeat) {
+        for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(rank + repeat + i);
+        group.all_reduce(x.data(), x.size(), DType::f32, x.data());
+        const float first = size * (size - 1) / 2 + size * repeat, last = first + size * (x.size() - 1);
+        if (x.front() != first || x.back() != last) throw std::runtime_error("wrong sum");
+      }
+    }));
+  }
+}
+
+TEST(collectives_that_do_not_match_are_named) {
+  const auto errors = with_ranks(2, 4096, [](Group &group, int rank) {
+    std::vector<float> x(8);
+    if (rank == 0) group.all_reduce(x.data(), 8, DType::f32, x.data());
+    if (rank == 1) group.all_reduce(x.data(), 4, DType::f32, x.data());
+  });
+  for (const std::string &error : errors) {
+    CHECK(error.find("all_reduce of 16 bytes") != std::string::npos) << error;
+    CHECK(error.find("all_reduce of 32 bytes") != std::string::npos) << error;
+  }
+}
+
+TEST(a_rank_that_does_not_come_or_fails_is_named) {
+  float x = 0;
+  auto errors = with_ranks(3, 4096, [&](Group &group, int rank) {
+    float out;
+    if (rank != 2) group.all_reduce(&x, 1, DType::f32, &out);
+  }, 0.2);
+  CHECK(errors[0].find("rank 2") != std::string::npos && errors[0].find("within 0.2 s") != std::string::npos) << errors[0];
+  CHECK(!errors[1].empty());
+  errors = with_ranks(3, 4096, [&](Group &group, int rank) {
+    float out;
+    if (rank == 2) {
+      usleep(150000);  // the others sleep by now
+      group.fail("out of luck");
+    } else {
+      group.all_reduce(&x, 1, DType::f32, &out);
+    }
+  });
+  for (int rank : {0, 1}) CHECK(errors[rank].find("out of luck") != std::string::npos) << errors[rank];
+}
+
+TEST(memory_of_another_group_is_refused) {
+  const Group group({"test", 0, 2, "", 4096, 1, 0});
+  const std::string memory = "/proc/self/fd/" + std::to_string(group.file());
+  const auto refused = [](const GroupOptions &options) {
+    try {
+      Group other(options);
+    } catch (const std::runtime_error &error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  CHECK(refused({"test", 1, 3, memory, 0, 1, 0}).find("made for 2 ranks") != std::string::npos);
+  CHECK(!refused({"test", 1, 2, "/proc/self/exe", 0, 1, 0}).empty());
+  CHECK(!refused({"test", 1, 2, "/nonexistent", 0, 1, 0}).empty());
+  CHECK(!refused({"test", 2, 2, "", 4096, 1, 0}).empty());
+}

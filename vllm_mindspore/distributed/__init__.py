@@ -1,0 +1,1 @@
+"""Process groups and their collectives: shared memory between the ranks of one host."""

@@ -1,0 +1,32 @@
+"""vLLM's device communicator on shared memory (`Platform.get_device_communicator_cls`).
+
+Inside a graph the collectives are operators (ops/collectives.py); what vLLM calls outside of one comes here.
+"""
+
+import torch
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+
+from vllm_mindspore.distributed import groups, hosts
+from vllm_mindspore.ops.collectives import group_in_graphs
+
+
+class MindSporeCommunicator(DeviceCommunicatorBase):
+    """One of vLLM's groups, with memory that its ranks share."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.device = torch.device("cpu")
+        self.name = group_in_graphs(self.unique_name)
+        groups.join(self.name, self.cpu_group, spin=hosts.has_own_cpus())
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        return groups.all_reduce(self.name, input_)
+
+    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return groups.all_gather(self.name, input_, dim % input_.dim(), self.world_size)
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return groups.reduce_scatter(self.name, input_, dim % input_.dim(), self.world_size)
+
+    def destroy(self) -> None:
+        groups.leave(self.name)

@@ -1,0 +1,29 @@
+#include "reduce.h"
+
+#include "../vec.h"
+
+namespace vllm_ms {
+namespace VLLM_MS_ISA {
+namespace {
+
+template <class T>
+void sum(const SumPartsArgs &args) {
+  T *out = static_cast<T *>(args.out);
+  for (int64_t i = args.begin; i < args.end; i += kLanes) {
+    const int64_t n = args.end - i < kLanes ? args.end - i : kLanes;
+    Vec total = load_part(static_cast<const T *>(args.parts[0]) + i, n);
+    for (int64_t part = 1; part < args.num_parts; ++part) {
+      total += load_part(static_cast<const T *>(args.parts[part]) + i, n);
+    }
+    store_part(out + i, total, n);
+  }
+}
+
+}  // namespace
+
+void sum_parts(const SumPartsArgs &args) {
+  VLLM_MS_DISPATCH_FLOAT(args.dtype, T, { sum<T>(args); })
+}
+
+}  // namespace VLLM_MS_ISA
+}  // namespace vllm_ms

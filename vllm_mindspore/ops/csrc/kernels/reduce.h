@@ -1,0 +1,22 @@
+// Sums of equally long rows, as collectives take them.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "../isa.h"
+
+namespace vllm_ms {
+
+// out[i] = parts[0][i] + parts[1][i] + ... for i in [begin, end), added in this order in float32. out may be one of them.
+struct SumPartsArgs {
+  const void *const *parts;
+  int64_t num_parts;
+  DType dtype;  // of the parts and of out: f32, bf16 or fp16
+  int64_t begin;
+  int64_t end;
+  void *out;
+};
+VLLM_MS_DECLARE_KERNEL(sum_parts, SumPartsArgs)
+
+}  // namespace vllm_ms
