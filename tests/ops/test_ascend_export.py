@@ -98,3 +98,33 @@ def test_activation_also_runs(activation):
     theirs = registry.build("activation", "ascend", activation=activation)(x).asnumpy()
     ours = registry.build("activation", "cpu", activation=activation)(x).asnumpy()
     assert np.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+class Multiplied(ms.nn.Cell):
+    """What `op` returns times a matrix: its inference sees the shape."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def construct(self, x, matrix):
+        return ms.ops.matmul(self.op(x), matrix)
+
+
+@pytest.mark.parametrize(
+    ("name", "primitive", "dim", "width"),
+    [
+        ("all_gather", "AllGather", 1, 16),
+        ("all_gather", "AllGather", 0, 8),
+        ("reduce_scatter", "ReduceScatter", 1, 4),
+    ],
+)
+def test_collectives_that_resize(name, primitive, dim, width):
+    op = registry.build(name, "ascend", (), dim=dim, size=2, group="tp")
+    assert primitive in export(Multiplied(op), ones(4, 8), ones(width, 3))
+    with pytest.raises((ValueError, RuntimeError)):
+        export(Multiplied(op), ones(4, 8), ones(width + 1, 3))
+
+
+def test_all_reduce():
+    assert "AllReduce" in export(registry.build("all_reduce", "ascend", (), group="tp"), ones(4, 8))

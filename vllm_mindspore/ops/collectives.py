@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mindspore.ops.fakes import like_input
-from vllm_mindspore.ops.operator import Operator, Schema
+from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
 def group_in_graphs(unique_name: str) -> str:
@@ -40,6 +40,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, str group) -> Tensor"),
         fake=_all_reduce_fake,
         cpu="AllReduce",
+        ascend=ascend_cell("AllReduce", "collectives_ascend"),
         ordered=True,
     ),
     Operator(
@@ -48,6 +49,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, int dim, int size, str group) -> Tensor"),
         fake=_all_gather_fake,
         cpu="AllGather",
+        ascend=ascend_cell("AllGather", "collectives_ascend"),
         check=_check_size,
         ordered=True,
     ),
@@ -57,6 +59,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor x, int dim, int size, str group) -> Tensor"),
         fake=_reduce_scatter_fake,
         cpu="ReduceScatter",
+        ascend=ascend_cell("ReduceScatter", "collectives_ascend"),
         check=_check_size,
         ordered=True,
     ),

@@ -23,6 +23,10 @@ class MindSporeWorker(WorkerBase):
     initialize_from_config, compile_or_warm_up_model, then steps."""
 
     def init_device(self) -> None:
+        ranks = hosts.local_ranks(self.parallel_config)
+        if ranks > 1:
+            groups.step_timeout()  # refuses what is no time before a model loads
+            hosts.take_share_of_cpus(hosts.index_on_host(self.parallel_config, self.local_rank), ranks)
         begin = time.perf_counter()
         import mindspore
 
@@ -31,9 +35,6 @@ class MindSporeWorker(WorkerBase):
         logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
         self.device = torch.device("cpu")
         torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
-        ranks = hosts.local_ranks(self.parallel_config)
-        if ranks > 1:
-            hosts.take_share_of_cpus(hosts.index_on_host(self.parallel_config, self.local_rank), ranks)
         if self.parallel_config.world_size_across_dp == 1 and not torch.distributed.is_initialized():
             # By default the group's store would be a file in /tmp that nobody deletes.
             torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
@@ -105,7 +106,8 @@ class MindSporeWorker(WorkerBase):
         begin = time.perf_counter()
         with set_current_vllm_config(self.vllm_config), self._together():
             self.model_runner.warm_up()
-        groups.use_step_timeout()
+        if self.parallel_config.world_size_across_dp > 1:
+            groups.use_step_timeout()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(
             language_model=self.model_runner.compile_seconds + time.perf_counter() - begin, encoder=0.0
