@@ -19,7 +19,8 @@ ENVIRONMENT = {
     "VLLM_MS_DISABLE_PASSES": "comma-separated names of graph passes to leave out (see `vllm-mindspore inspect`)",
     "VLLM_MS_NUM_THREADS": "threads of the CPU operators (default: CPUs this process may run on)",
     "VLLM_MS_CPU_ISA": "force a lower instruction set: portable, avx2, avx512 or amx",
-    "VLLM_MS_KV_CACHE_GIB": "GiB of KV cache on CPU (default: see docs/configuration.md)",
+    "VLLM_MS_KV_CACHE_GIB": "GiB of KV cache on CPU, of each rank (default: see docs/configuration.md)",
+    "VLLM_MS_COLLECTIVE_TIMEOUT": "seconds that a rank may keep the others waiting in a step (default: 60)",
 }
 
 
