@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vllm_mindspore.compiler.capture import CapturedGraph
+from vllm_mindspore.graph_passes.nodes import arguments
 from vllm_mindspore.ops.collectives import group_in_graphs
 
 aten = torch.ops.aten
@@ -205,8 +206,7 @@ def _collective(name: str) -> Rule:
 
     def rewrite(graph, node):
         target = getattr(torch.ops.vllm_ms, name).default
-        values = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
-        values.update(node.kwargs)
+        values = arguments(node)
         group = group_in_graphs(values["group_name"])
         if name == "all_reduce":
             return call(graph, target, values["tensor"], group)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from vllm_mindspore.compiler import cache
 
@@ -34,8 +35,6 @@ def of_model(model: torch.nn.Module, vllm_config: VllmConfig) -> dict[str, objec
 
 def of_rank(parallel_config) -> dict[str, int]:
     """The sizes of the engine's groups and this rank's places: its graphs have its part of the weights."""
-    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-
     return {
         "tp_size": parallel_config.tensor_parallel_size,
         "pp_size": parallel_config.pipeline_parallel_size,

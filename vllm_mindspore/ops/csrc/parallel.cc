@@ -154,7 +154,9 @@ class Pool {
   void wait_done() {
     if (spin_until(kSpinNanoseconds, [this] { return remaining_.load(std::memory_order_acquire) == 0; })) return;
     caller_sleeps_.store(true, std::memory_order_seq_cst);
-    for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) futex_wait(&remaining_, left, Sharing::process);
+    for (uint32_t left; (left = remaining_.load(std::memory_order_seq_cst)) != 0;) {
+      futex_wait(&remaining_, left, Sharing::process);
+    }
     caller_sleeps_.store(false, std::memory_order_relaxed);
   }
 

@@ -31,7 +31,6 @@ class NextBlock {
   template <class T>
   NextBlock(const BlockRows<T> &block, int64_t shares) {
     if (block.next == 0) return;
-    constexpr int64_t kLine = 64;
     for (int group = 0; group < block.groups(); ++group) {
       places_[group] = reinterpret_cast<const char *>(block.first[group] + block.next);
       lines_[group] = (read_bytes(block, group) + kLine - 1) / kLine;
@@ -48,7 +47,7 @@ class NextBlock {
       }
       const int64_t end = min64(lines_[group_], at_ + left);
       left -= end - at_;
-      for (; at_ < end; ++at_) __builtin_prefetch(places_[group_] + 64 * at_, 0, 2);
+      for (; at_ < end; ++at_) __builtin_prefetch(places_[group_] + kLine * at_, 0, 2);
     }
   }
 
