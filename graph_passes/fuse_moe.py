@@ -37,7 +37,12 @@ def _factor_after(experts: Node) -> Node | None:
         return None
     linear = values["residual"] is None and not values["weight_on_input"]
     routing = values["routing"]
-    return user if linear and is_call(routing, operator("moe_route")) and len(routing.users) == 1 else None
+    return user if linear and is_call(routing, operator("moe_route")) and _only_read_by(experts, routing) else None
+
+
+def _only_read_by(experts: Node, routing: Node) -> bool:
+    """Whether nothing else depends on the weights of `routing`."""
+    return all(user is experts or is_call(user, operator("moe_count")) for user in routing.users)
 
 
 def _scale_routing(graph: Graph, experts: Node, scaling: Node) -> None:

@@ -2,7 +2,8 @@
 
 embedding(rows, linear(x, weight, residual=r))   →   linear(embedding(rows, x), weight, residual=embedding(rows, r))
 
-and so on upwards through operators that treat each row by itself, as far as nothing else reads what they compute.
+and so on upwards through operators that treat each row by itself, as far as nothing else reads what they compute but a
+count of it, which then counts the selected rows.
 """
 
 from torch.fx import Graph, Node
@@ -20,8 +21,11 @@ ROW_TENSORS = {
     "binary": ("x", "y"),
     "moe_route": ("logits",),
     "moe_experts": ("x", "routing", "residual"),
+    "moe_place": ("routing",),
+    "moe_local": ("routing",),
     "all_reduce": ("x",),  # all ranks select the same rows
 }
+COUNTS = "moe_count"  # of what is computed
 
 
 def run(graph: Graph) -> int:
@@ -36,7 +40,10 @@ def _move(graph: Graph, selection: Node) -> bool:
     values = arguments(selection)
     rows, source = values["ids"], values["weight"]
     names = next((names for name, names in ROW_TENSORS.items() if is_call(source, operator(name))), None)
-    if names is None or set(source.users) != {selection}:
+    if names is None:
+        return False
+    counts = [user for user in source.users if is_call(user, operator(COUNTS))]
+    if set(source.users) != {selection, *counts}:
         return False
     operands = arguments(source)
     if any(operands[name] is not None and operands[name].meta["val"].dim() != 2 for name in names):
@@ -47,6 +54,8 @@ def _move(graph: Graph, selection: Node) -> bool:
     with graph.inserting_before(source):
         narrow = call(graph, source.target, *(operands[item.name] for item in source.target._schema.arguments))
     selection.replace_all_uses_with(narrow)
+    for count in counts:
+        count.replace_input_with(source, narrow)
     graph.erase_node(selection)
     graph.erase_node(source)
     return True

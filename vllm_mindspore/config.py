@@ -5,6 +5,7 @@ from enum import Enum
 from vllm.logger import init_logger
 
 from vllm_mindspore import options, quantization
+from vllm_mindspore.distributed import hosts
 
 logger = init_logger("vllm.vllm_mindspore.config")
 
@@ -38,17 +39,12 @@ def check_and_update(vllm_config) -> None:
 
 def _refuse_parallelism(parallel_config) -> None:
     for option, value in (
-        ("--pipeline-parallel-size", parallel_config.pipeline_parallel_size),
-        ("--data-parallel-size", parallel_config.data_parallel_size),
         ("--decode-context-parallel-size", parallel_config.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel_config.prefill_context_parallel_size),
     ):
         if value > 1:
-            raise UnsupportedOptionError(option, value, "1", "Run one process per model replica.")
-    for option, value in (
-        ("--enable-expert-parallel", parallel_config.enable_expert_parallel),
-        ("--enable-dbo", parallel_config.enable_dbo),
-        ("--enable-eplb", parallel_config.enable_eplb),
-    ):
+            raise UnsupportedOptionError(option, value, "1", "Use --tensor-parallel-size or --data-parallel-size.")
+    for option, value in (("--enable-dbo", parallel_config.enable_dbo), ("--enable-eplb", parallel_config.enable_eplb)):
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
     executor = parallel_config.distributed_executor_backend
@@ -57,6 +53,9 @@ def _refuse_parallelism(parallel_config) -> None:
         raise UnsupportedOptionError(option, executor, "mp, processes on one host", "Leave the option out.")
     if parallel_config.nnodes > 1:
         raise UnsupportedOptionError("--nnodes", parallel_config.nnodes, "one host", "Start all ranks on one host.")
+    if parallel_config.data_parallel_size > 1 and parallel_config.data_parallel_backend != "mp":
+        option, advice = "--data-parallel-backend", "Leave the option out."
+        raise UnsupportedOptionError(option, parallel_config.data_parallel_backend, "mp, processes on one host", advice)
 
 
 def _refuse_options(vllm_config) -> None:
@@ -143,6 +142,13 @@ def _update(vllm_config) -> None:
     if vllm_config.parallel_config.worker_cls == "auto":
         vllm_config.parallel_config.worker_cls = "vllm_mindspore.worker.worker.MindSporeWorker"
     vllm_config.parallel_config.disable_custom_all_reduce = True
+    # Our own exchange of tokens, and none of vLLM's, for which models would cut tokens into parts ("sequence
+    # parallel"): each rank would then read all weights of the shared experts.
+    vllm_config.parallel_config.all2all_backend = "naive"
+    hosts.note_engines(vllm_config)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        # The first stage takes sampled tokens from the scheduler, which has them in time only without it.
+        vllm_config.scheduler_config.async_scheduling = False
     compilation = vllm_config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):
         logger.debug(

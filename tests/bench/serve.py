@@ -28,13 +28,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def ask(server: Server, model: Path, folder: Path, prompts: int = PROMPTS) -> dict:
+def ask(
+    server: Server, model: Path, folder: Path, prompts: int = PROMPTS, tokens_in: int = TOKENS_IN,
+    tokens_out: int = TOKENS_OUT, clients: int = 1,
+) -> dict:  # fmt: skip
     """What `vllm bench serve` measures."""
     command = [
         "vllm", "bench", "serve", "--backend", "openai", "--port", str(server.port),
         "--host", "127.0.0.1", "--model", NAME, "--tokenizer", str(model), "--dataset-name", "random",
-        "--random-input-len", str(TOKENS_IN), "--random-output-len", str(TOKENS_OUT), "--num-prompts", str(prompts),
-        "--max-concurrency", "1", "--ignore-eos", "--save-result", "--result-dir", str(folder),
+        "--random-input-len", str(tokens_in), "--random-output-len", str(tokens_out), "--num-prompts", str(prompts),
+        "--max-concurrency", str(clients), "--ignore-eos", "--save-result", "--result-dir", str(folder),
         "--result-filename", "result.json",
     ]  # fmt: skip
     commands.run(command, timeout=900).check_returncode()

@@ -63,3 +63,23 @@ def different(rank: int) -> str:
     with pytest.raises(groups.GroupError) as caught:
         groups.join(GROUP, torch.distributed.group.WORLD, spin=False)
     return str(caught.value)
+
+
+def _layers_of_experts(worker) -> list[torch.nn.Module]:
+    return [module for module in worker.get_model().modules() if hasattr(module, "logical_to_physical")]
+
+
+def swap_expert_weights(worker, a: int, b: int) -> None:
+    """In every layer the weights in the slots `a` and `b` of each rank."""
+    for layer in _layers_of_experts(worker):
+        for weight in (layer.w13_weight, layer.w2_weight):
+            weight.data[[a, b]] = weight.data[[b, a]]
+
+
+def swap_places(worker, a: int, b: int) -> None:
+    """In every layer's map the slots `a` and `b` of each rank."""
+    for layer in _layers_of_experts(worker):
+        places, capacity = layer.logical_to_physical, -(-len(layer.logical_to_physical) // 2)
+        slots = places % capacity
+        moved = torch.where(slots == a, places - a + b, torch.where(slots == b, places - b + a, places))
+        places.copy_(moved)

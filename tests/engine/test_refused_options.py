@@ -32,8 +32,8 @@ MODELS = {
                          time_step_rank=4), "state-space layers"),
 }  # fmt: skip
 OPTIONS = {
-    "--pipeline-parallel-size": dict(pipeline_parallel_size=2),
-    "--data-parallel-size": dict(data_parallel_size=2),
+    "--decode-context-parallel-size": dict(tensor_parallel_size=2, decode_context_parallel_size=2),
+    "--nnodes": dict(tensor_parallel_size=2, nnodes=2, node_rank=0, master_addr="127.0.0.1"),
     "--enable-lora": dict(enable_lora=True),
     "--quantization": dict(quantization="fp8"),
     "--speculative-config": dict(
@@ -67,11 +67,6 @@ def test_unsupported_option(option, configure):
         configure(checkpoint("qwen3"), **OPTIONS[option])
 
 
-def test_expert_parallelism(configure):
-    with pytest.raises(ValueError, match=r"--enable-expert-parallel: found True\. The MindSpore backend supports"):
-        configure(checkpoint("mixtral"), enable_expert_parallel=True)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_unsupported_model(kind, configure, tmp_path):
     config, reason = MODELS[kind]
@@ -93,9 +88,9 @@ def test_a_chosen_grammar_library_stays_chosen(configure):
 
 
 def test_the_command_line_ends_with_the_reason():
-    options = ["--backend", "mindspore", "--pipeline-parallel-size", "2"]
+    options = ["--backend", "mindspore", "--kv-offloading-size", "1"]
     result = commands.run(["vllm", "serve", str(model_path()), *options])
     output = result.stdout + result.stderr
     assert result.returncode == 1
-    assert output.count("--pipeline-parallel-size: found 2. The MindSpore backend supports 1.") == 1
+    assert output.count("--kv-offloading-size: found 1.0. The MindSpore backend supports a KV cache in memory.") == 1
     assert "EngineCore" not in output and "Loading" not in output

@@ -54,8 +54,17 @@ def linear(x, weight, bias=None, residual=None, activation=""):
     return own.linear(x, weight, bias, residual, None, None, "", 0.0, 0.0, activation)
 
 
+def route(logits):
+    """One expert a token."""
+    return own.moe_route(logits, None, 1, "softmax", True, 1, 1, 1.5)
+
+
 def experts(x, logits, w13, w2, weight_on_input=False):
-    """A layer of experts with one expert a token, as the capture writes it."""
-    routing = own.moe_route(logits, None, 1, "softmax", True, 1, 1, 1.5)
+    """A layer of experts with one expert a token."""
+    return routed(x, route(logits), w13, w2, weight_on_input)
+
+
+def routed(x, routing, w13, w2, weight_on_input=False):
+    """What such a layer does after its router, as the capture writes it."""
     absent, activation = [None] * 5, ("silu_and_mul", False, 1.0, 0.0, 0.0)
     return own.moe_experts(x, routing, w13, w2, *absent, "", 0.0, 0.0, *activation, weight_on_input)

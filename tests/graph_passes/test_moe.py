@@ -5,7 +5,7 @@ import pytest
 from vllm_mindspore.graph_passes import fuse_moe, fuse_norm, fuse_residual
 from vllm_mindspore.graph_passes.nodes import arguments, calls
 
-from .graphs import experts, linear, own, run
+from .graphs import experts, linear, own, route, routed, run
 
 SHAPES = {"x": (7, 6), "logits": (7, 3), "w13": (3, 8, 6), "w2": (3, 6, 4), "y": (7, 6)}
 MOE = {"vllm_ms.moe_route.default": 1, "vllm_ms.moe_experts.default": 1}
@@ -24,6 +24,16 @@ def test_a_residual_is_added_by_the_experts():
 def test_a_factor_goes_into_the_weights_of_routing():
     matches, left, graph = run(fuse_moe, lambda x, logits, w13, w2, y: experts(x, logits, w13, w2) * 3.0 + y, **SHAPES)
     assert matches == 2 and left == MOE
+    assert arguments(calls(graph, "moe_route")[0])["scale"] == 4.5
+
+
+def test_a_factor_goes_into_the_weights_of_routing_that_is_counted_too():
+    def function(x, logits, w13, w2, y):
+        routing = route(logits)
+        return routed(x, routing, w13, w2) * 3.0, own.moe_count(routing, 3)
+
+    matches, left, graph = run(fuse_moe, function, **SHAPES)
+    assert matches == 1 and left == {**MOE, "vllm_ms.moe_count.default": 1}
     assert arguments(calls(graph, "moe_route")[0])["scale"] == 4.5
 
 

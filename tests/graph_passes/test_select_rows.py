@@ -4,7 +4,7 @@ import torch
 
 from vllm_mindspore.graph_passes import select_rows
 
-from .graphs import captured, linear, operators, own, run
+from .graphs import captured, linear, operators, own, route, routed, run
 
 SHAPES = {"x": (7, 6), "positions": (7,), "weight": (9, 6), "back": (6, 9)}
 GATHER, LINEAR, NORM = "vllm_ms.embedding.default", "vllm_ms.linear.default", "vllm_ms.rms_norm.default"
@@ -46,3 +46,16 @@ def test_selections_of_other_rows_are_not_mixed_up():
     graph = captured(model, **SHAPES).module.graph
     assert select_rows.run(graph) == 0
     assert operators(graph)[NORM] == 1
+
+
+def test_experts_compute_and_count_the_selected_rows():
+    def model(x, rows, logits, w13, w2):
+        routing = route(logits)
+        return own.embedding(rows, routed(x, routing, w13, w2)), own.moe_count(routing, 3)
+
+    shapes = {"x": (7, 6), "positions": (7,), "logits": (7, 3), "w13": (3, 8, 6), "w2": (3, 6, 4)}
+    matches, found, graph = run(select_rows, model, **shapes)
+    assert matches == 2
+    assert found == {GATHER: 2, **{f"vllm_ms.moe_{name}.default": 1 for name in ("route", "experts", "count")}}
+    (count,) = graph.find_nodes(op="call_function", target=own.moe_count.default)
+    assert count.args[0].args[0].target is own.embedding.default, "tokens that are not selected do not count"

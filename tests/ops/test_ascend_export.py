@@ -75,13 +75,15 @@ def test_activation(activation):
     assert fused.get(activation, "GeluExt") in graph or activation == ""
 
 
-def test_embedding_also_runs():
-    ids = ms.Tensor(np.array([2, -1, 0, 5], np.int32))
+@pytest.mark.parametrize(("name", "attributes"), [("embedding", {}), ("embedding_shard", {"first": 3})])
+def test_embedding_also_runs(name, attributes):
+    ids = ms.Tensor(np.array([2, -1, 0, 5, 8], np.int32))
     weight = tensor(np.arange(15).reshape(5, 3).astype(np.float32), "bfloat16")
-    op = registry.build("embedding", "ascend")
+    op = registry.build(name, "ascend", **attributes)
     assert "Gather" in export(op, ids, weight)
     weight = weight.astype(ms.float32)
-    assert np.array_equal(op(ids, weight).asnumpy(), registry.build("embedding", "cpu")(ids, weight).asnumpy())
+    expected = registry.build(name, "cpu", **attributes)(ids, weight).asnumpy()
+    assert np.array_equal(op(ids, weight).asnumpy(), expected)
 
 
 @pytest.mark.parametrize("name", BINARY_OPS)

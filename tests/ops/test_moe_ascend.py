@@ -58,6 +58,38 @@ def test_experts(changed, present, dtype):
     assert {"GroupedMatmul", "Sort"} <= graph
 
 
+def test_counting_and_placing_also_run():
+    ids = np.array([[0, 3, 1], [-1, 2, 3], [4, 4, 0], [1, -1, -1]], np.float32)
+    routing = tensor(np.concatenate([ids, np.full_like(ids, 0.25)], 1))
+    expert_map = tensor(np.array([[4, -1], [3, 7], [2, -1], [1, 6], [0, -1]], np.int32))
+    for name, inputs, attributes in (
+        ("moe_count", (routing,), dict(experts=5)),
+        ("moe_place", (routing, expert_map), {}),
+        ("moe_local", (routing,), dict(first=1, count=3)),
+    ):
+        op = registry.build(name, "ascend", (), **attributes)
+        export(op, *inputs)
+        assert np.array_equal(op(*inputs).asnumpy(), registry.build(name, "cpu", (), **attributes)(*inputs).asnumpy())
+
+
+def test_exchanges_take_the_sizes_of_a_step():
+    x, routing, every = ones(2, 8), ones(2, 4), ones(5, 4)
+    token_ranks = ms.Tensor(np.array([0, 0, 1, 1, 1], np.int32))
+    group, holders = dict(rank=0, size=2, group="dp"), dict(capacity=3, columns=1, column=0)
+    for name, primitive, tensors, attributes in (
+        ("gather_rows_start", "AllGatherV", (routing, token_ranks), {}),
+        ("moe_dispatch_start", "AllGatherV", (x, token_ranks), {}),
+        ("moe_combine_start", "ReduceScatterV", (ones(5, 8), every, token_ranks), holders),
+    ):
+        assert primitive in export(registry.build(name, "ascend", (), **attributes, **group), *tensors)
+    for name, tensors, attributes in (
+        ("gather_rows_wait", (every, routing, token_ranks), {}),
+        ("moe_dispatch_wait", (ones(5, 8), x, every, token_ranks), holders),
+        ("moe_combine_wait", (x, ones(5, 8), every, token_ranks, routing), holders),
+    ):
+        export(registry.build(name, "ascend", (), **attributes, **group), *tensors)
+
+
 def test_experts_weights_of_another_width_are_refused():
     op = registry.build("moe_experts", "ascend", (), **EXPERTS)
     with pytest.raises((ValueError, RuntimeError)):

@@ -3,19 +3,14 @@
 And signals while a request runs.
 """
 
-import os
 import signal
-import threading
 
-import httpx
 import psutil
 import pytest
 
 from tests.support import commands
+from tests.support.crash import EXIT_TIMEOUT, RunningRequest, kill
 from tests.support.server import NAME, Server
-
-EXIT_TIMEOUT = 30
-ORPHAN_TIMEOUT = 60  # an engine core without its API server tidies up for some seconds, longer on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -31,40 +26,6 @@ def start(start_server, model, port):
         return start_server(command, port=port)
 
     return start
-
-
-class RunningRequest(threading.Thread):
-    """A completion that would go on for some seconds, and what became of it: (HTTP status or 0, message)."""
-
-    def __init__(self, server: Server):
-        super().__init__(daemon=True)
-        self.url, self.outcome = server.http.base_url, None
-        self.start()
-        commands.wait_until(lambda: server.metric("num_requests_running") == 1, 30, "the request runs")
-
-    def run(self) -> None:
-        body = {"model": NAME, "prompt": "Return", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
-        try:
-            answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
-            self.outcome = answer.status_code, answer.json().get("error", {}).get("message", "")
-        except httpx.TransportError as error:
-            self.outcome = 0, repr(error)
-
-
-def kill(server: Server, victim: psutil.Process) -> tuple[int, str]:
-    """Kill `victim` while a request runs; wait until nothing of the server is left; return what the client got."""
-    processes = server.processes()
-    shared = commands.shared_memory(processes)
-    request = RunningRequest(server)
-    victim.kill()
-    request.join(EXIT_TIMEOUT)
-    assert request.outcome, "the client got an answer or an error"
-    commands.wait_until(lambda: server.process.poll() is not None, EXIT_TIMEOUT, "the API server exits")
-    commands.wait_ended(processes, ORPHAN_TIMEOUT)
-    commands.wait_until(lambda: not any(map(os.path.exists, shared)), 10, f"none of {shared} remains")
-    left = [entry.name for entry in os.scandir(server.directory) if entry.name.startswith("vllm")]
-    assert not left, "neither sockets nor rendezvous files stay in the temporary directory"
-    return request.outcome
 
 
 def test_killed_engine_core_ends_the_server(start):

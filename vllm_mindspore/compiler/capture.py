@@ -20,6 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Sizes of the example batch. Distinct, so that equal sizes share a symbol; large, so that none is mistaken for 0 or 1.
 NUM_TOKENS, NUM_REQS, MAX_BLOCKS, NUM_SLOTS, NUM_ROWS, NUM_LOGITS = 8191, 61, 127, 4093, 2039, 1021
+NUM_ALL_TOKENS = 16381  # of all data-parallel ranks
 
 
 @dataclass(frozen=True)

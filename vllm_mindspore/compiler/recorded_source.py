@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from vllm_mindspore.compiler.capture import CapturedGraph
 from vllm_mindspore.compiler.expressions import is_own
+from vllm_mindspore.compiler.legalize import value
 from vllm_mindspore.compiler.network_source import Block, NetworkWriter, OwnCall, class_source, leaving
 from vllm_mindspore.compiler.segments import Segment
 
@@ -122,7 +123,8 @@ class RecordedWriter(NetworkWriter):
         operands = "".join(f", {recorded.names[node]}" for node in layer.external)
         results = []
         for node in layer.results:
-            recorded.names[node] = recorded.fresh("hidden_states")
+            is_hidden = value(node).dim() > 1
+            recorded.names[node] = recorded.fresh("hidden_states" if is_hidden else f"{OwnCall.of(node).operator}_out")
             results.append(recorded.names[node])
         kind = f'{self.classes[layer.signature]}(weights, "{self._prefix(layer)}")'
         comment = self.comment(layer.results[0]) if len(results) == 1 else ""

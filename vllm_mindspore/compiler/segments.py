@@ -1,8 +1,8 @@
 """Finds the repeated decoder layers in a graph, so that each kind is emitted (and parsed by MindSpore) once.
 
-A layer begins where the first weight or KV cache with its index is read. Two layers are of one kind when their
-operators, attributes, wiring and weights' shapes and types are the same. What comes after the last layer (final norm,
-output head, …) is left outside.
+A layer begins where the first weight or KV cache with its index is read; the first one's need not be 0. Two layers are
+of one kind when their operators, attributes, wiring and weights' shapes and types are the same. What comes after the
+last layer (final norm, output head, …) is left outside.
 """
 
 import re
@@ -52,18 +52,18 @@ def find_layers(
     """(nodes before the first layer, layers, nodes after the last); no layers when nothing repeats."""
     inputs = captured.placeholders
     nodes = [node for node in captured.module.graph.nodes if node.op == "call_function"]
-    starts = _starts(nodes, inputs)
+    first, starts = _starts(nodes, inputs)
     if len(starts) < 2:
         return nodes, [], []
     bounds = [*starts, len(nodes)]
     groups = [nodes[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
-    segments = _describe(groups, inputs, stored, nodes)
+    segments = _describe(groups, first, inputs, stored)
     tail: list[Node] = []
     known = {segment.signature for segment in segments[:-1]}
     if segments[-1].signature not in known:
         lengths = sorted({len(segment.nodes) for segment in segments[:-1]}, reverse=True)
-        for length in [*lengths, _end_of_layer(groups[-1], len(groups) - 1, inputs)]:
-            attempt = _describe([*groups[:-1], groups[-1][:length]], inputs, stored, nodes)
+        for length in [*lengths, _end_of_layer(groups[-1], first + len(groups) - 1, inputs)]:
+            attempt = _describe([*groups[:-1], groups[-1][:length]], first, inputs, stored)
             tail = groups[-1][length:]
             if attempt[-1].signature in {segment.signature for segment in attempt[:-1]}:
                 break
@@ -71,13 +71,21 @@ def find_layers(
     return nodes[: starts[0]], segments, tail
 
 
-def _starts(nodes: list[Node], inputs: dict[Node, GraphInput]) -> list[int]:
+def _starts(nodes: list[Node], inputs: dict[Node, GraphInput]) -> tuple[int, list[int]]:
+    """The first layer's index, and for each layer the position of its first node."""
+    layers = [_highest_layer(node, inputs) for node in nodes]
+    first = min((layer for layer in layers if layer is not None), default=0)
     starts: list[int] = []
-    for position, node in enumerate(nodes):
-        indices = [_layer_of(inputs[operand]) for operand in node.all_input_nodes if operand in inputs]
-        if max((index for index in indices if index is not None), default=-1) == len(starts):
+    for position, layer in enumerate(layers):
+        if layer == first + len(starts):
             starts.append(position)
-    return starts
+    return first, starts
+
+
+def _highest_layer(node: Node, inputs: dict[Node, GraphInput]) -> int | None:
+    """Of the layers whose weights or caches a node reads."""
+    layers = [_layer_of(inputs[operand]) for operand in node.all_input_nodes if operand in inputs]
+    return max((layer for layer in layers if layer is not None), default=None)
 
 
 def _end_of_layer(nodes: list[Node], layer: int, inputs: dict[Node, GraphInput]) -> int:
@@ -100,8 +108,8 @@ def _layer_of(graph_input: GraphInput) -> int | None:
     return int(match["index"]) if match else None
 
 
-def _describe(groups, inputs, stored, all_nodes) -> list[Segment]:
-    segments = [Segment(index, nodes) for index, nodes in enumerate(groups)]
+def _describe(groups, first: int, inputs, stored) -> list[Segment]:
+    segments = [Segment(index, nodes) for index, nodes in enumerate(groups, first)]
     used_by: dict[Node, set[int]] = {}
     for segment in segments:
         for node in segment.nodes:

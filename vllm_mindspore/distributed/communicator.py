@@ -4,7 +4,7 @@ Inside a graph the collectives are operators (ops/collectives.py); what vLLM cal
 """
 
 import torch
-from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase, DeviceCommunicatorBase
 
 from vllm_mindspore.distributed import groups, hosts
 from vllm_mindspore.ops.collectives import group_in_graphs
@@ -18,6 +18,8 @@ class MindSporeCommunicator(DeviceCommunicatorBase):
         self.device = torch.device("cpu")
         self.name = group_in_graphs(self.unique_name)
         groups.join(self.name, self.cpu_group, spin=hosts.has_own_cpus())
+        if self.name == "ep":  # asked for what it can do; tokens are exchanged in graphs, over the group "dp"
+            self.all2all_manager = All2AllManagerBase(self.cpu_group)
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         return groups.all_reduce(self.name, input_)

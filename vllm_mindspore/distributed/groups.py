@@ -6,6 +6,7 @@ A graph names its groups: "tp" is the tensor-parallel group of the process that 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from vllm_mindspore.version import __version__
 
 logger = init_logger("vllm.vllm_mindspore.distributed")
 
-SLOT_BYTES = 512 << 10  # a rank writes so much before the others read it
+SLOT_BYTES = 32 << 20  # most that a rank writes before the others read it; what is not used takes no memory
 STARTING_TIMEOUT = 1800.0  # seconds that a rank may take to compile what another had in its cache
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPIN_NANOSECONDS = 1_000_000
@@ -48,6 +49,7 @@ def step_timeout() -> float:
     return seconds
 
 
+@functools.cache
 def _identity() -> dict[str, str]:
     """What the ranks of a group must have in common."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -146,27 +148,30 @@ def _sides(x: torch.Tensor, dim: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
     return ctypes.c_int64(outer), ctypes.c_int64(x.numel() // max(outer, 1))
 
 
-def all_reduce(name: str, x: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of x, float32, bfloat16 or float16, added in the order of ranks."""
+def all_reduce(name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum over ranks of x, float32, bfloat16 or float16, added in the order of ranks.
+
+    out: where to put it, of x's shape and type and contiguous; it may be x.
+    """
     x = _tensor(x)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     source, result = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())
     _call("vllm_ms_all_reduce", name.encode(), source, ctypes.c_int64(x.numel()), DTYPES[x.dtype], result)
     return out
 
 
-def all_gather(name: str, x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+def all_gather(name: str, x: torch.Tensor, dim: int, size: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """The ranks' x, one after the other along dim (not negative)."""
     x = _tensor(x)
-    out = x.new_empty(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])
+    out = x.new_empty(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :]) if out is None else out
     _resizing("vllm_ms_all_gather", name, x, _sides(x, dim), out)
     return out
 
 
-def reduce_scatter(name: str, x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+def reduce_scatter(name: str, x: torch.Tensor, dim: int, size: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Of the sum over ranks of x this rank's part, of `size` equal ones along dim (not negative)."""
     x = _tensor(x)
-    out = x.new_empty(*x.shape[:dim], x.shape[dim] // size, *x.shape[dim + 1 :])
+    out = x.new_empty(*x.shape[:dim], x.shape[dim] // size, *x.shape[dim + 1 :]) if out is None else out
     _resizing("vllm_ms_reduce_scatter", name, x, _sides(out, dim), out)
     return out
 
@@ -174,3 +179,25 @@ def reduce_scatter(name: str, x: torch.Tensor, dim: int, size: int) -> torch.Ten
 def _resizing(function: str, name: str, x: torch.Tensor, sides: tuple, out: torch.Tensor) -> None:
     pointers = (ctypes.c_void_p(x.data_ptr()), *sides, DTYPES[x.dtype], ctypes.c_void_p(out.data_ptr()))
     _call(function, name.encode(), *pointers)
+
+
+def dispatch(
+    name: str, x: torch.Tensor, routing: torch.Tensor, token_ranks: torch.Tensor, capacity: int, out: torch.Tensor
+) -> torch.Tensor:
+    """`moe_dispatch` outside of a graph: x [T, N] float32 → out [A, N], see ops/exchange.py."""
+    return _exchanged("vllm_ms_dispatch", name, x, routing, token_ranks, capacity, out)
+
+
+def combine(
+    name: str, y: torch.Tensor, routing: torch.Tensor, token_ranks: torch.Tensor, capacity: int, out: torch.Tensor
+) -> torch.Tensor:
+    """`moe_combine` outside of a graph: y [A, N] float32 → out [T, N], see ops/exchange.py."""
+    return _exchanged("vllm_ms_combine", name, y, routing, token_ranks, capacity, out)
+
+
+def _exchanged(function: str, name: str, x, routing, token_ranks, capacity: int, out: torch.Tensor) -> torch.Tensor:
+    tokens = (ctypes.c_void_p(token_ranks.data_ptr()), ctypes.c_int64(len(token_ranks)), ctypes.c_int64(capacity))
+    chosen = (ctypes.c_void_p(routing.data_ptr()), ctypes.c_int64(routing.shape[1] // 2))
+    rows = (ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[1]), ctypes.c_void_p(out.data_ptr()))
+    _call(function, name.encode(), *tokens, *chosen, *rows)
+    return out

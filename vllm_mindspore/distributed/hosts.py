@@ -7,14 +7,24 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.vllm_mindspore.distributed")
 
 
-def local_ranks(parallel_config) -> int:
-    """How many ranks of the engine run on this host, those of other data-parallel engines included."""
-    return parallel_config.local_world_size * max(1, parallel_config.data_parallel_size_local)
+ENGINES = "vllm_mindspore_data_parallel_size"  # in vLLM's additional_config
+
+
+def note_engines(vllm_config) -> None:
+    """Keep the number of data-parallel engines: vLLM tells the engines of a dense model that there is one."""
+    engines = vllm_config.parallel_config.data_parallel_size
+    if engines > 1:
+        vllm_config.additional_config = {**vllm_config.additional_config, ENGINES: engines}
+
+
+def local_ranks(vllm_config) -> int:
+    """How many ranks run on this host, which is the only one: those of all data-parallel engines."""
+    return vllm_config.parallel_config.world_size * vllm_config.additional_config.get(ENGINES, 1)
 
 
 def index_on_host(parallel_config, local_rank: int) -> int:
     """This rank's place among them."""
-    return (parallel_config.data_parallel_rank_local or 0) * parallel_config.local_world_size + local_rank
+    return parallel_config.data_parallel_index * parallel_config.world_size + local_rank
 
 
 def take_share_of_cpus(index: int, ranks: int) -> None:

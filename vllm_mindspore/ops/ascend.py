@@ -145,14 +145,15 @@ class Linear(_Operator):
 
 
 class Embedding(_Operator):
-    """ids [T], weight [V, H]; zeros for an id not in [0, V). float32, like every operator that makes activations."""
+    """ids [T], weight [V, H]; zeros for an id not in [first, first + V). float32, like all activations."""
 
-    def __init__(self, given):
+    def __init__(self, given, first=0):
         super().__init__(given)
+        self.first = first  # id of the weight's first row
         self.gather = prim.Gather()
 
     def construct(self, *tensors):
-        ids, weight = tensors[0], tensors[1]
+        ids, weight = tensors[0] - self.first, tensors[1]
         valid = ops.logical_and(ids >= 0, ids < weight.shape[0])
         rows = self.gather(weight, ops.select(valid, ids, ops.zeros_like(ids)), 0)
         rows = self.cast(rows, ms_float32)

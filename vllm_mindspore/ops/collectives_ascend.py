@@ -11,7 +11,7 @@ from mindspore.ops.primitive import PrimitiveWithInfer
 from vllm_mindspore.ops.ascend import _Operator
 
 
-def _sized(primitive: type[PrimitiveWithInfer], group: str, size: int, **attributes) -> PrimitiveWithInfer:
+def sized(primitive: type[PrimitiveWithInfer], group: str, size: int, **attributes) -> PrimitiveWithInfer:
     """A collective of `size` ranks. Its own constructor asks the communicator, which an export does not have."""
     made = primitive.__new__(primitive)
     PrimitiveWithInfer.__init__(made, primitive.__name__)
@@ -38,7 +38,7 @@ class AllGather(_Operator):
     def __init__(self, given, dim, size, group):
         super().__init__(given)
         self.dim = dim
-        self.gather = _sized(ops.AllGather, group, size, mean_flag=False)
+        self.gather = sized(ops.AllGather, group, size, mean_flag=False)
 
     def construct(self, x):
         return ops.swapaxes(self.gather(ops.swapaxes(x, 0, self.dim)), 0, self.dim)
@@ -50,7 +50,7 @@ class ReduceScatter(_Operator):
     def __init__(self, given, dim, size, group):
         super().__init__(given)
         self.dim = dim
-        self.scatter = _sized(ops.ReduceScatter, group, size, op=ops.ReduceOp.SUM)
+        self.scatter = sized(ops.ReduceScatter, group, size, op=ops.ReduceOp.SUM)
 
     def construct(self, x):
         return ops.swapaxes(self.scatter(ops.swapaxes(x, 0, self.dim)), 0, self.dim)

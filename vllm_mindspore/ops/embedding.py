@@ -31,6 +31,7 @@ OPERATORS = [
         schema=Schema.parse("(Tensor ids, Tensor weight, int first) -> Tensor"),
         fake=_fake,
         cpu="EmbeddingShard",
+        ascend=ascend_cell("Embedding"),
         columns=_columns,
     ),
 ]

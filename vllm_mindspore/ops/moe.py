@@ -25,6 +25,14 @@ def _check_route(given, top_k, scoring, renormalize, num_expert_group, topk_grou
         raise ValueError(f"moe_route: topk_group {topk_group} of {num_expert_group} groups")
 
 
+def _count_fake(routing, experts):
+    return like_input(routing, (experts,))
+
+
+def _like_routing(routing, *_):
+    return like_input(routing)
+
+
 def _experts_fake(x, routing, w13, w2, *_):
     return like_input(x, (x.shape[0], w2.shape[1]))
 
@@ -62,6 +70,31 @@ OPERATORS = [
         cpu="MoeRoute",
         ascend=ascend_cell("MoeRoute", "moe_ascend"),
         check=_check_route,
+    ),
+    Operator(
+        # routing as above; [experts]: how many tokens chose each
+        name="moe_count",
+        schema=Schema.parse("(Tensor routing, int experts) -> Tensor"),
+        fake=_count_fake,
+        cpu="MoeCount",
+        ascend=ascend_cell("MoeCount", "moe_ascend"),
+    ),
+    Operator(
+        # routing as above, expert_map [E, R] int32: the places of each expert, then -1; the routing with places for
+        # ids. Tokens take an expert's places in turn.
+        name="moe_place",
+        schema=Schema.parse("(Tensor routing, Tensor expert_map) -> Tensor"),
+        fake=_like_routing,
+        cpu="MoePlace",
+        ascend=ascend_cell("MoePlace", "moe_ascend"),
+    ),
+    Operator(
+        # routing as above; the routing with ids relative to `first`, -1 where they are not in [first, first + count)
+        name="moe_local",
+        schema=Schema.parse("(Tensor routing, int first, int count) -> Tensor"),
+        fake=_like_routing,
+        cpu="MoeLocal",
+        ascend=ascend_cell("MoeLocal", "moe_ascend"),
     ),
     Operator(
         # x [T, H] f32, routing as above, w13 [E, 2 * I, H] (gate rows, then up rows; alternating if interleaved) or

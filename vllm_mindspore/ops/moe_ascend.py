@@ -57,8 +57,49 @@ class MoeRoute(_Operator):
         return ops.concat((self.cast(ids, ms_float32), weights * self.scale), 1)
 
 
+class MoeCount(_Operator):
+    """routing [T, 2 * top_k] → [experts]; an id that is no expert's is not counted."""
+
+    def __init__(self, given, experts):
+        super().__init__(given)
+        self.experts = experts
+
+    def construct(self, routing):
+        ids = self.cast(routing[:, : routing.shape[1] // 2], ms_int32).reshape((-1,))
+        return self.cast(ops.one_hot(ids, self.experts).sum(0), ms_float32)
+
+
+class MoePlace(_Operator):
+    """routing [T, 2 * top_k] of experts and expert_map [E, R] → the same routing of places."""
+
+    def construct(self, routing, expert_map):
+        top_k, replicas = routing.shape[1] // 2, expert_map.shape[1]
+        ids = self.cast(routing[:, :top_k], ms_int32)
+        counts = (self.cast(expert_map >= 0, ms_int32)).sum(1)
+        count = ops.maximum(ops.gather(counts, ops.maximum(ids, 0), 0), 1)
+        turns = ops.expand_dims(ops.cumsum(ops.ones_like(ids[:, 0]), 0) - 1, 1)
+        replica = turns - turns // count * count
+        places = ops.gather(expert_map.reshape((-1,)), ops.maximum(ids, 0) * replicas + replica, 0)
+        places = ops.select(ids >= 0, places, -ops.ones_like(places))
+        return ops.concat((self.cast(places, ms_float32), routing[:, top_k:]), 1)
+
+
+class MoeLocal(_Operator):
+    """routing [T, 2 * top_k] → ids relative to `first`, -1 where they are not in [first, first + count)."""
+
+    def __init__(self, given, first, count):
+        super().__init__(given)
+        self.first, self.count = first, count
+
+    def construct(self, routing):
+        top_k = routing.shape[1] // 2
+        ids = routing[:, :top_k] - self.first
+        here = ops.logical_and(ids >= 0, ids < self.count)
+        return ops.concat((ops.select(here, ids, -ops.ones_like(ids)), routing[:, top_k:]), 1)
+
+
 class MoeExperts(_Operator):
-    """x [T, H] and routing [T, 2 * top_k] → [T, N]; every id of `routing` is an expert's."""
+    """x [T, H] and routing [T, 2 * top_k] → [T, N]; an id of -1 is the first expert's with no weight."""
 
     def __init__(self, given, norm, eps, norm_offset, activation, interleaved, alpha, beta, limit, weight_on_input):
         super().__init__(given)
@@ -100,8 +141,9 @@ class MoeExperts(_Operator):
     def construct(self, *tensors):
         x, routing, w13, w2 = tensors[0], tensors[1], tensors[2], tensors[3]
         top_k = routing.shape[1] // 2
-        ids = self.cast(routing[:, :top_k], ms_int32).reshape((-1,))
-        weights = routing[:, top_k:].reshape((-1, 1))
+        chosen = routing[:, :top_k]
+        ids = self.cast(ops.maximum(chosen, 0.0), ms_int32).reshape((-1,))
+        weights = (routing[:, top_k:] * self.cast(chosen >= 0, ms_float32)).reshape((-1, 1))
         experts, pairs = self.sort(self.cast(ids, ms_float32))
         experts = self.cast(experts, ms_int32)
         counts = ops.one_hot(ids, w13.shape[0]).sum(0)

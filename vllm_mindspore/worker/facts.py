@@ -39,6 +39,7 @@ def of_rank(parallel_config) -> dict[str, int]:
         "tp_size": parallel_config.tensor_parallel_size,
         "pp_size": parallel_config.pipeline_parallel_size,
         "dp_size": parallel_config.data_parallel_size,
+        "dp_rank": parallel_config.data_parallel_rank,
         "expert_parallel": int(parallel_config.enable_expert_parallel),
         "tp_rank": get_tensor_model_parallel_rank(),
         "pp_rank": get_pp_group().rank_in_group,

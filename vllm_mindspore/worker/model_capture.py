@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 import torch
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
+from vllm.distributed import get_pp_group
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.sequence import IntermediateTensors
 
 from vllm_mindspore.compiler.capture import (
     MAX_BLOCKS,
+    NUM_ALL_TOKENS,
     NUM_LOGITS,
     NUM_REQS,
     NUM_ROWS,
@@ -19,7 +22,11 @@ from vllm_mindspore.compiler.capture import (
     Capture,
     CapturedGraph,
 )
+from vllm_mindspore.models.expert_parallel import TOKEN_RANKS
 from vllm_mindspore.worker.attention import GraphAttentionMetadata
+from vllm_mindspore.worker.moe import MindSporeMoERunner
+
+RECEIVED = "received_"  # what a pipeline stage gets from the one before: the names of graph inputs
 
 
 @contextmanager
@@ -43,12 +50,19 @@ def replaced_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -
 
 
 def capture_model(model: torch.nn.Module, vllm_config: VllmConfig) -> Iterator[CapturedGraph]:
-    """The graph of a step, then that of `compute_logits` alone, each captured when it is asked for."""
+    """The graph of a step, then that of `compute_logits` alone where there is a head, each when it is asked for."""
     forward = capture_forward(model, vllm_config)
-    hidden_states, _ = forward.results
+    hidden_states, *_ = forward.results
     hidden_size = hidden_states.meta["val"].shape[-1]
     yield forward
-    yield capture_logits(model, hidden_size)
+    if get_pp_group().is_last_rank:
+        yield capture_logits(model, hidden_size)
+
+
+def tensors_between_stages(model: torch.nn.Module) -> dict[str, int]:
+    """What a pipeline stage passes to the next one, by name: the width of each, in the order of names."""
+    empty = model.make_empty_intermediate_tensors(batch_size=1, dtype=torch.float32, device=torch.device("cpu"))
+    return {name: tensor.shape[-1] for name, tensor in sorted(empty.items())}
 
 
 def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention | MLAAttention]:
@@ -69,64 +83,114 @@ def cache_row(layer: Attention | MLAAttention) -> tuple[int, int]:
     return layer.num_kv_heads, layer.head_size + layer.head_size_v
 
 
+def expert_layers(vllm_config: VllmConfig) -> dict[str, MindSporeMoERunner]:
+    """The model's layers of experts by name, in order of creation."""
+    context = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in context.items() if isinstance(layer, MindSporeMoERunner)}
+
+
+class StepInputs:
+    """The inputs of a step's graph, by kind and name."""
+
+    def __init__(self, capture: Capture, model: torch.nn.Module, vllm_config: VllmConfig):
+        self.weights = capture.add_weights(model)
+        self.layers = attention_layers(vllm_config)
+        self.experts = expert_layers(vllm_config)
+        self.ranks = vllm_config.parallel_config.data_parallel_size if self.experts else 1
+        self.vllm_config = vllm_config
+        self._add_tokens(capture)
+        self.received: list[str] = []
+        if not get_pp_group().is_first_rank:
+            for name, width in tensors_between_stages(model).items():
+                capture.add_input("tensor", RECEIVED + name, (NUM_TOKENS, width), torch.float32, dynamic=(0,))
+                self.received.append(name)
+        for name, layer in self.layers.items():
+            if cache_owner(name, self.layers) == name:
+                capture.add_input("kv_cache", name, (NUM_SLOTS, *cache_row(layer)), torch.float32, dynamic=(0,))
+                capture.add_input("slot_mapping", name, (NUM_TOKENS,), torch.int64, dynamic=(0,))
+                capture.add_input("block_table", name, (NUM_REQS, MAX_BLOCKS), torch.int32, dynamic=(0, 1))
+        self.position = {(graph_input.kind, graph_input.name): i for i, graph_input in enumerate(capture.inputs)}
+        self.values: list[torch.Tensor] = []
+
+    def _add_tokens(self, capture: Capture) -> None:
+        capture.add_input("tensor", "input_ids", (NUM_TOKENS,), torch.int32, dynamic=(0,))
+        capture.add_input("tensor", "positions", (NUM_TOKENS,), torch.int64, dynamic=(0,))
+        capture.add_input("tensor", "query_start_loc", (NUM_REQS + 1,), torch.int32, dynamic=(0,))
+        capture.add_input("tensor", "seq_lens", (NUM_REQS,), torch.int32, dynamic=(0,))
+        capture.add_input("tensor", "rows", (NUM_ROWS,), torch.int64, dynamic=(0,))
+        capture.add_input("tensor", "logits_rows", (NUM_LOGITS,), torch.int64, dynamic=(0,))
+        if self.ranks > 1:
+            capture.add_input("tensor", TOKEN_RANKS, (NUM_ALL_TOKENS,), torch.int32, dynamic=(0,))
+
+    def __call__(self, name: str, kind: str = "tensor") -> torch.Tensor:
+        return self.values[self.position[kind, name]]
+
+    def intermediate_tensors(self) -> IntermediateTensors | None:
+        """What the stage before has passed on; None in the first one."""
+        return IntermediateTensors({name: self(RECEIVED + name) for name in self.received}) if self.received else None
+
+    @contextmanager
+    def context(self, model: torch.nn.Module) -> Iterator[None]:
+        """While active, the model's weights, caches and forward context are these inputs."""
+        metadata, slot_mapping, placeholders = {}, {}, {}
+        for name, layer in self.layers.items():
+            owner = cache_owner(name, self.layers)
+            metadata[name] = GraphAttentionMetadata(
+                self(owner, "block_table"),
+                self("query_start_loc"),
+                self("seq_lens"),
+                self.vllm_config.cache_config.block_size,
+            )
+            slot_mapping[name] = self(owner, "slot_mapping")
+            placeholders[name], layer.kv_cache = layer.kv_cache, self(owner, "kv_cache")
+        tokens = dict(num_tokens=NUM_TOKENS, slot_mapping=slot_mapping)
+        if self.ranks > 1:
+            tokens["num_tokens_across_dp"] = [NUM_TOKENS] * self.ranks  # vLLM looks at it, which a capture cannot do
+        try:
+            with (
+                replaced_weights(model, {name: self.values[i] for name, i in self.weights.items()}),
+                _no_head_dtype(model),
+                set_forward_context(metadata, self.vllm_config, **tokens),
+            ):
+                if self.ranks > 1:
+                    get_forward_context().additional_kwargs[TOKEN_RANKS] = self(TOKEN_RANKS)
+                yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.kv_cache = placeholders[name]
+
+
 def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> CapturedGraph:
     """input_ids [num_tokens] int32, positions [num_tokens] int64, attention inputs, rows [num_rows] int64,
-    logits_rows [num_logits] int64 → [num_rows, hidden] float32 and [num_logits, vocabulary] float32.
+    logits_rows [num_logits] int64 → [num_rows, hidden] float32, [num_logits, vocabulary] float32 and, for each layer
+    of experts, [num_experts] float32.
 
-    The first result is the hidden states of the tokens `rows`, the second the logits of its rows `logits_rows`.
+    The first result is the hidden states of the tokens `rows`, the second the logits of its rows `logits_rows`, the
+    others how many tokens each expert computes. Data-parallel ranks with experts also get token_ranks
+    [tokens of all ranks] int32. A stage of a pipeline that is not the first gets what the one before passes on, one
+    that is not the last returns what it passes on for the first two: [num_tokens, width] float32 each.
 
     Every attention layer gets a slot mapping and a block table of its own; `bind_kv_groups` merges those of one group
     once vLLM has formed its KV cache groups.
     """
     capture = Capture("model")
-    weights = capture.add_weights(model)
-    capture.add_input("tensor", "input_ids", (NUM_TOKENS,), torch.int32, dynamic=(0,))
-    capture.add_input("tensor", "positions", (NUM_TOKENS,), torch.int64, dynamic=(0,))
-    capture.add_input("tensor", "query_start_loc", (NUM_REQS + 1,), torch.int32, dynamic=(0,))
-    capture.add_input("tensor", "seq_lens", (NUM_REQS,), torch.int32, dynamic=(0,))
-    capture.add_input("tensor", "rows", (NUM_ROWS,), torch.int64, dynamic=(0,))
-    capture.add_input("tensor", "logits_rows", (NUM_LOGITS,), torch.int64, dynamic=(0,))
-    layers = attention_layers(vllm_config)
-    for name, layer in layers.items():
-        if cache_owner(name, layers) == name:
-            capture.add_input("kv_cache", name, (NUM_SLOTS, *cache_row(layer)), torch.float32, dynamic=(0,))
-            capture.add_input("slot_mapping", name, (NUM_TOKENS,), torch.int64, dynamic=(0,))
-            capture.add_input("block_table", name, (NUM_REQS, MAX_BLOCKS), torch.int32, dynamic=(0, 1))
-    position = {(graph_input.kind, graph_input.name): i for i, graph_input in enumerate(capture.inputs)}
+    inputs = StepInputs(capture, model, vllm_config)
 
-    def forward(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        def tensor(kind: str, name: str) -> torch.Tensor:
-            return tensors[position[kind, name]]
-
-        metadata, slot_mapping, placeholders = {}, {}, {}
-        for name, layer in layers.items():
-            owner = cache_owner(name, layers)
-            metadata[name] = GraphAttentionMetadata(
-                tensor("block_table", owner),
-                tensor("tensor", "query_start_loc"),
-                tensor("tensor", "seq_lens"),
-                vllm_config.cache_config.block_size,
+    def forward(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        inputs.values = tensors
+        with inputs.context(model):
+            output = model.forward(
+                input_ids=inputs("input_ids"),
+                positions=inputs("positions"),
+                intermediate_tensors=inputs.intermediate_tensors(),
+                inputs_embeds=None,
             )
-            slot_mapping[name] = tensor("slot_mapping", owner)
-            placeholders[name], layer.kv_cache = layer.kv_cache, tensor("kv_cache", owner)
-        try:
-            with (
-                replaced_weights(model, {name: tensors[i] for name, i in weights.items()}),
-                _no_head_dtype(model),
-                set_forward_context(metadata, vllm_config, num_tokens=NUM_TOKENS, slot_mapping=slot_mapping),
-            ):
-                hidden_states = model.forward(
-                    input_ids=tensor("tensor", "input_ids"),
-                    positions=tensor("tensor", "positions"),
-                    intermediate_tensors=None,
-                    inputs_embeds=None,
-                )
-                selected = torch.ops.vllm_ms.embedding(tensor("tensor", "rows"), hidden_states)
-                sampled = torch.ops.vllm_ms.embedding(tensor("tensor", "logits_rows"), selected)
-                return selected, model.compute_logits(sampled)
-        finally:
-            for name, layer in layers.items():
-                layer.kv_cache = placeholders[name]
+            counts = [layer.tokens_of_experts for layer in inputs.experts.values()]
+            if isinstance(output, IntermediateTensors):
+                return *(tensor for _, tensor in sorted(output.items())), *counts
+            selected = torch.ops.vllm_ms.embedding(inputs("rows"), output)
+            sampled = torch.ops.vllm_ms.embedding(inputs("logits_rows"), selected)
+            return selected, model.compute_logits(sampled), *counts
 
     return capture.trace(forward)
 

@@ -8,6 +8,7 @@ import time
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -106,12 +107,18 @@ class MindSporeModelRunner(CPUModelRunner):
         weights = facts.tensors_of(self.model)
         self.compiler.arrange(weights)
         self._keep_loading(weights)
+        pipeline = get_pp_group()
         self.step = ModelStep(
             self.compiler.program("model", weights),
-            self.compiler.program("logits", weights),
+            self.compiler.program("logits", weights) if pipeline.is_last_rank else None,
             self.compiler.groups,
             self.compiler.compiled_files,
+            model_capture.tensors_between_stages(self.model) if pipeline.world_size > 1 else None,
         )
+        if not pipeline.is_first_rank:  # vLLM would make them of the weights' type
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=torch.float32, device=self.device
+            )
         self.model.forward = self.step.forward
         self.model.compute_logits = self.step.compute_logits
         self._initialize_small_kv_cache()
@@ -179,7 +186,14 @@ class MindSporeModelRunner(CPUModelRunner):
         num_tokens = min(num_tokens, num_reqs * self.model_config.max_model_len)
         longest_query = num_tokens - (num_reqs - 1) * (num_tokens // num_reqs) if num_tokens > num_reqs else 1
         _, last = self._dummy_run(num_tokens, force_attention=True, profile_seq_lens=longest_query)
-        self._dummy_sampler_run(last)
+        if get_pp_group().is_last_rank:
+            self._dummy_sampler_run(last)
+
+    def tokens_of_experts(self) -> dict[str, list[int]]:
+        """By layer of experts: how many tokens each expert has computed."""
+        names = model_capture.expert_layers(self.vllm_config)
+        counts = self.step.tokens_of_experts
+        return {name: count.tolist() for name, count in zip(names, counts, strict=True)}
 
     def graph_statistics(self) -> dict[str, object]:
         """Counts per graph: compiles, loads, calls; passes' matches; operators; weights shared without a copy."""
@@ -196,6 +210,7 @@ class MindSporeModelRunner(CPUModelRunner):
                 "weights_coded": sum(program.columns.values()),
             }
             for name, program in (("model", self.step.model), ("logits", self.step.logits))
+            if program is not None
         }
 
     def _init_kv_zero_meta(self) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's mixture-of-experts layers in operators of ours: `moe_route` and `moe_experts`.
+"""vLLM's mixture-of-experts layers in operators of ours: `moe_route`, `moe_experts`, and what is between them.
 
 vLLM looks both replacements below up by class name: the runner, so that the capture sees what is inside the layer, and
 the method of experts without quantization. What a layer's router does is read when the layer is made: what has no
@@ -6,7 +6,8 @@ operator is refused before any weight is read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -16,9 +17,11 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import F
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from vllm_mindspore.config import UnsupportedOptionError
+from vllm_mindspore.models import expert_parallel
 from vllm_mindspore.ops.moe import SCORINGS
 
 
@@ -151,21 +154,53 @@ ACTIVATIONS = {
 
 
 class MindSporeMoERunner(MoERunner):
-    """vLLM's runner, without the opaque operator around the layer."""
+    """vLLM's runner, without the opaque operator around the layer: the block of `models/expert_parallel.py` instead.
+
+    `tokens_of_experts` is, after a forward, how many of this rank's tokens chose each expert: [num_experts] float32.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         layer = self.routed_experts
-        layer.routing = routing_of(self.router, self.layer_name)
-        if layer.expert_map is not None:
-            raise UnsupportedOptionError(
-                self.layer_name, "a map of experts", "all experts in one process", "Leave expert parallelism out."
-            )
+        routing = routing_of(self.router, self.layer_name)
+        if not layer.apply_router_weight_on_input:  # else what follows is not linear in the weights
+            routing = replace(routing, scale=routing.scale * self.routed_scaling_factor)
+            self.routed_scaling_factor = 1.0
+        layer.routing = routing
+        self.layout = expert_parallel.layout_of(layer)
+        expert_map = expert_parallel.expert_map_of(layer, self.layout)
+        layer.register_buffer("logical_to_physical", expert_map, persistent=False)
+        self.tokens_of_experts: torch.Tensor | None = None
+
+    @property
+    def do_naive_dispatch_combine(self) -> bool:
+        return False
+
+    def _sequence_parallel_context(self):
+        return nullcontext()  # tokens are not cut into parts: see config._update
 
     def _select_forward(self) -> Callable:
         return lambda hidden_states, router_logits, shared_input, input_ids, *_: self._forward_impl(
             hidden_states, router_logits, shared_input, input_ids
         )
+
+    def _apply_quant_method(
+        self, hidden_states, router_logits, shared_experts_input, input_ids=None, shared_experts_overlapping=False
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        layer = self.routed_experts
+        routing = route(layer, router_logits)
+        self.tokens_of_experts = torch.ops.vllm_ms.moe_count(routing, layer.global_num_experts)
+
+        def experts(x: torch.Tensor, local_routing: torch.Tensor) -> torch.Tensor:
+            return layer.quant_method.experts(layer, x, local_routing)
+
+        def shared() -> torch.Tensor | None:
+            if self._shared_experts is None:
+                return None
+            self._maybe_apply_shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
+            return self._shared_experts.output
+
+        return expert_parallel.run(hidden_states, routing, layer.logical_to_physical, self.layout, experts, shared)
 
 
 class MindSporeExpertsMethod(UnquantizedFusedMoEMethod):
@@ -185,12 +220,12 @@ class MindSporeExpertsMethod(UnquantizedFusedMoEMethod):
     def get_fused_moe_quant_config(self, layer):
         return FUSED_MOE_UNQUANTIZED_CONFIG
 
-    def apply_monolithic(self, layer, x, router_logits, input_ids=None) -> torch.Tensor:
-        """x [num_tokens, hidden_size], router_logits [num_tokens, num_experts] → [num_tokens, hidden_size]."""
+    def experts(self, layer, x: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, hidden_size], routing [num_tokens, 2 * top_k] of slots here → [num_tokens, hidden_size]."""
         activation = self.activation
         return torch.ops.vllm_ms.moe_experts(
             x,
-            route(layer, router_logits),
+            routing,
             layer.w13_weight,
             layer.w2_weight,
             getattr(layer, "w13_bias", None),

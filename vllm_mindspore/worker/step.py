@@ -5,11 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.sequence import IntermediateTensors
 
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.capture import GraphInput
 from vllm_mindspore.compiler.program import Program
 from vllm_mindspore.compiler.tensors import array_to_mindspore, to_mindspore, to_torch, unpack
+from vllm_mindspore.models.expert_parallel import TOKEN_RANKS
+from vllm_mindspore.worker.model_capture import RECEIVED
 
 
 class ModelStep:
@@ -23,20 +26,29 @@ class ModelStep:
     def __init__(
         self,
         model: Program,
-        logits: Program,
+        logits: Program | None,
         groups: list[KVGroup],
         cached_files: Callable[[], object | None],
+        between_stages: dict[str, int] | None = None,
     ):
-        """groups: the KV cache groups in vLLM's order; any layer of a group carries the group's metadata."""
+        """groups: the KV cache groups in vLLM's order; any layer of a group carries the group's metadata.
+
+        logits: None in a stage of a pipeline that is not the last. between_stages: names and widths of what stages
+        pass on.
+        """
         self.model, self.logits, self.groups = model, logits, groups
+        self.between_stages = between_stages or {}
         self._cached_files = cached_files
         self.kv_caches: dict[str, object] = {}
         self._expected: torch.Tensor | None = None
         self._every_row = False
         self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
         self._arange = torch.arange(0)
-        hidden_states, _ = model.emitted.outputs
-        logits.compile([(hidden_states, torch.float32)], cached_files)
+        hidden_states, *others = model.emitted.outputs
+        # of each layer, how many tokens each of its experts has computed so far, [num_experts]
+        self.tokens_of_experts = [torch.zeros(shape, dtype=torch.int64) for shape in others if len(shape) == 1]
+        if logits is not None:
+            logits.compile([(hidden_states, torch.float32)], cached_files)
 
     def bind_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's caches, [blocks, heads, block_size, row] views of [blocks, block_size, heads, row] memory.
@@ -65,6 +77,8 @@ class ModelStep:
             return (None, None), torch.int32
         if item.kind == "slot_mapping" or item.name in ("positions", "rows", "logits_rows"):
             return (None,), torch.int64
+        if item.name.startswith(RECEIVED):
+            return (None, self.between_stages[item.name.removeprefix(RECEIVED)]), torch.float32
         return (None,), torch.int32
 
     def expect(self, logits_indices: torch.Tensor, every_row: bool) -> None:
@@ -74,10 +88,13 @@ class ModelStep:
         """
         self._expected, self._every_row = logits_indices, every_row
 
-    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
+    def forward(
+        self, input_ids, positions, intermediate_tensors: IntermediateTensors | None = None, inputs_embeds=None
+    ) -> torch.Tensor | IntermediateTensors:
         """input_ids [num_tokens] int32, positions [num_tokens] int64 → hidden states [num_tokens, hidden] float32.
 
-        They are zero for tokens that `expect` did not name; without an `expect`, for all but the last.
+        They are zero for tokens that `expect` did not name; without an `expect`, for all but the last. In a pipeline
+        stage that is not the last: what it passes on.
         """
         context = get_forward_context()
         metadata = context.attn_metadata
@@ -85,6 +102,7 @@ class ModelStep:
             raise RuntimeError("the model was called without attention metadata: nothing of this backend does that")
         common = next(iter(metadata.values()))
         num_tokens = len(input_ids)
+        is_dummy = self._expected is None
         rows, logits_rows = self._rows(num_tokens)
         values = {
             "input_ids": input_ids,
@@ -94,10 +112,20 @@ class ModelStep:
             "rows": rows,
             "logits_rows": logits_rows,
         }
+        if context.dp_metadata is not None:
+            values[TOKEN_RANKS] = _token_ranks(context.dp_metadata.num_tokens_across_dp_cpu)
+        if intermediate_tensors is not None:
+            values.update({RECEIVED + name: tensor for name, tensor in intermediate_tensors.items()})
         inputs = [
             self._input(item, values, metadata, context.slot_mapping, common) for item in self.model.emitted.inputs
         ]
-        selected, logits = self._results(self.model(inputs), len(rows), len(logits_rows))
+        results = self.model(inputs)
+        if self.logits is None:
+            *passed_on, counts = self._results(results, *[num_tokens] * len(self.between_stages))
+            self._count(counts, is_dummy)
+            return IntermediateTensors(dict(zip(self.between_stages, passed_on, strict=True)))
+        selected, logits, counts = self._results(results, len(rows), len(logits_rows))
+        self._count(counts, is_dummy)
         self._computed = (selected[logits_rows], logits) if len(rows) > len(logits_rows) else (selected, logits)
         if len(rows) == num_tokens:
             return selected
@@ -105,13 +133,24 @@ class ModelStep:
         hidden_states[rows] = selected
         return hidden_states
 
-    def _results(self, results, *num_rows: int) -> list[torch.Tensor]:
-        """What the graph returned, as torch tensors of so many rows each."""
+    def _count(self, counts: list[torch.Tensor], is_dummy: bool) -> None:
+        """Add what the experts have computed, unless it was for no request."""
+        if not is_dummy:
+            for total, count in zip(self.tokens_of_experts, counts, strict=True):
+                total += count.long()
+
+    def _results(self, results, *num_rows: int) -> list:
+        """What the graph returned, as torch tensors: the first ones of so many rows each, then a list of the others."""
         if self.model.emitted.packed:
-            shapes = [(rows, *sizes) for rows, (_, *sizes) in zip(num_rows, self.model.emitted.outputs, strict=True)]
-            return unpack(to_torch(results), shapes)
-        # the last is ready last: who waits for an earlier one first keeps a CPU busy until then
-        return [to_torch(result) for result in reversed(results)][::-1]
+            shapes = list(self.model.emitted.outputs)
+            shapes[: len(num_rows)] = [(rows, *sizes) for rows, (_, *sizes) in zip(num_rows, shapes, strict=False)]
+            tensors = unpack(to_torch(results), shapes)
+        elif isinstance(results, tuple):
+            # the last is ready last: who waits for an earlier one first keeps a CPU busy until then
+            tensors = [to_torch(result) for result in reversed(results)][::-1]
+        else:
+            tensors = [to_torch(results)]
+        return [*tensors[: len(num_rows)], tensors[len(num_rows) :]]
 
     def _rows(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens whose hidden states are computed, rows of these whose logits are)."""
@@ -140,6 +179,11 @@ class ModelStep:
         if computed is not None and torch.equal(computed[0], hidden_states):
             return computed[1]
         return to_torch(self.logits([to_mindspore(hidden_states.contiguous())]))
+
+
+def _token_ranks(num_tokens: torch.Tensor) -> torch.Tensor:
+    """num_tokens [ranks] int32 → the rank of each token of all ranks, in order: int32."""
+    return torch.repeat_interleave(torch.arange(len(num_tokens), dtype=torch.int32), num_tokens)
 
 
 def _used_blocks(block_table: torch.Tensor, common, block_size: int):

@@ -6,8 +6,14 @@ from contextlib import contextmanager
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.distributed import (
+    ensure_model_parallel_initialized,
+    get_pp_group,
+    get_tp_group,
+    init_distributed_environment,
+)
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
@@ -22,8 +28,10 @@ class MindSporeWorker(WorkerBase):
     """One process, one device. Order of calls: init_device, load_model, get_kv_cache_spec, determine_available_memory,
     initialize_from_config, compile_or_warm_up_model, then steps."""
 
+    _sending: tuple[IntermediateTensors, list] | None = None  # what goes to the next pipeline stage
+
     def init_device(self) -> None:
-        ranks = hosts.local_ranks(self.parallel_config)
+        ranks = hosts.local_ranks(self.vllm_config)
         if ranks > 1:
             groups.step_timeout()  # refuses what is no time before a model loads
             hosts.take_share_of_cpus(hosts.index_on_host(self.parallel_config, self.local_rank), ranks)
@@ -82,7 +90,7 @@ class MindSporeWorker(WorkerBase):
         with set_current_vllm_config(self.vllm_config), self._together():
             self.model_runner.compile_and_profile()
         one = self.model_runner.kv_cache_bytes_of_one_request()
-        most, ranks = one * (self.scheduler_config.max_num_seqs + 1), hosts.local_ranks(self.parallel_config)
+        most, ranks = one * (self.scheduler_config.max_num_seqs + 1), hosts.local_ranks(self.vllm_config)
         size = memory.kv_cache_bytes(self.cache_config, one, most, ranks)
         logger.info(
             "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
@@ -116,7 +124,22 @@ class MindSporeWorker(WorkerBase):
     @torch.inference_mode()
     def execute_model(self, scheduler_output):
         with self._together():
-            return self.model_runner.execute_model(scheduler_output)
+            self._wait_until_sent()
+            received = None
+            if scheduler_output.total_num_scheduled_tokens > 0 and not get_pp_group().is_first_rank:
+                received = IntermediateTensors(get_pp_group().recv_tensor_dict(all_gather_group=get_tp_group()))
+            output = self.model_runner.execute_model(scheduler_output, received)
+            if not isinstance(output, IntermediateTensors):
+                return output
+            self._sending = output, get_pp_group().isend_tensor_dict(output.tensors, all_gather_group=get_tp_group())
+            return None
+
+    def _wait_until_sent(self) -> None:
+        """For the step before this one, whose tensors live until then."""
+        _, handles = self._sending or (None, [])
+        for handle in handles:
+            handle.wait()
+        self._sending = None
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output):
@@ -125,7 +148,9 @@ class MindSporeWorker(WorkerBase):
 
     @torch.inference_mode()
     def execute_dummy_batch(self) -> None:
-        self.model_runner._dummy_run(1)
+        """A step without requests, beside data-parallel ranks that have some: it takes part in their exchanges."""
+        with self._together():
+            self.model_runner._dummy_run(1, force_attention=True)
 
     def take_draft_token_ids(self):
         return self.model_runner.take_draft_token_ids()
@@ -139,6 +164,10 @@ class MindSporeWorker(WorkerBase):
     def graph_statistics(self) -> dict[str, object]:
         """Counts of this process's graphs (compiles, loads, calls, matches), for `LLM.collective_rpc`."""
         return self.model_runner.graph_statistics()
+
+    def tokens_of_experts(self) -> dict[str, list[int]]:
+        """How many tokens of this rank each expert has computed since the start, by layer."""
+        return self.model_runner.tokens_of_experts()
 
     def synchronize_device(self) -> None:
         import mindspore

@@ -3,42 +3,16 @@
 #include <unistd.h>
 
 #include <cmath>
-#include <functional>
-#include <thread>
 
+#include "group_ranks.h"
 #include "testing.h"
 
 using namespace vllm_ms;
+using testing::expect_none;
 using testing::Stored;
+using testing::with_ranks;
 
 namespace {
-
-// Runs body(group, rank) on `size` threads, each with a Group of its own on one memory. Returns what they threw.
-std::vector<std::string> with_ranks(int size, int64_t slot_bytes, const std::function<void(Group &, int)> &body,
-                                    double timeout = 60) {
-  GroupOptions options{"test", 0, size, "", slot_bytes, timeout, 100000};
-  std::vector<std::unique_ptr<Group>> groups;
-  groups.push_back(std::make_unique<Group>(options));
-  options.memory = "/proc/self/fd/" + std::to_string(groups[0]->file());
-  for (options.rank = 1; options.rank < size; ++options.rank) groups.push_back(std::make_unique<Group>(options));
-  std::vector<std::string> errors(size);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      try {
-        body(*groups[rank], rank);
-      } catch (const std::runtime_error &error) {
-        errors[rank] = error.what();
-      }
-    });
-  }
-  for (std::thread &thread : threads) thread.join();
-  return errors;
-}
-
-void expect_none(const std::vector<std::string> &errors) {
-  for (const std::string &error : errors) CHECK(error.empty()) << error;
-}
 
 std::vector<Stored> inputs(int size, int64_t count, DType dtype, uint32_t seed) {
   testing::Random random(seed);
@@ -113,6 +87,39 @@ TEST(collectives_in_place_and_often) {
       }
     }));
   }
+}
+
+TEST(rounds_may_be_begun_together_and_ended_in_any_order) {
+  for (int size : {2, 3}) {
+    expect_none(with_ranks(size, 4096, [&](Group &group, int rank) {
+      for (int repeat = 0; repeat < 1000; ++repeat) {
+        const auto bytes_of = [](int) { return static_cast<int64_t>(sizeof(int)); };
+        std::vector<uint32_t> rounds;
+        for (int i = 0; i < Rounds::kDepth; ++i) {
+          rounds.push_back(group.post(Collective::barrier, sizeof(int), [&](char *slot) {
+            const int value = repeat + i * 100 + rank;
+            std::memcpy(slot, &value, sizeof(value));
+          }));
+        }
+        for (int i : {2, 0, 3, 1}) {
+          group.take(rounds[i], Collective::barrier, bytes_of, [&] {
+            for (int other = 0; other < size; ++other) {
+              int value;
+              std::memcpy(&value, group.slot(other, rounds[i]), sizeof(value));
+              if (value != repeat + i * 100 + other) throw std::runtime_error("another round's value");
+            }
+          });
+        }
+      }
+    }));
+  }
+}
+
+TEST(more_rounds_than_there_are_slots_are_refused) {
+  const auto errors = with_ranks(2, 4096, [](Group &group, int) {
+    for (int i = 0; i <= Rounds::kDepth; ++i) group.post(Collective::barrier, 0, [](char *) {});
+  });
+  for (const std::string &error : errors) CHECK(error.find("4 collectives are begun") != std::string::npos) << error;
 }
 
 TEST(collectives_that_do_not_match_are_named) {

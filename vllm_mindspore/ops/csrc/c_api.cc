@@ -7,6 +7,7 @@
 #include "coded.h"
 #include "collectives.h"
 #include "columns.h"
+#include "exchange.h"
 #include "isa.h"
 #include "kernels/quantized_weight.h"
 #include "kernels/sample.h"
@@ -123,5 +124,28 @@ VLLM_MS_EXPORT int vllm_ms_reduce_scatter(const char *name, const void *x, int64
                                           void *out, char *text, int text_size) {
   return reported(text, text_size, [&] {
     vllm_ms::group(name).reduce_scatter(x, outer, inner, static_cast<vllm_ms::DType>(dtype), out);
+  });
+}
+
+// Exchanges outside of a graph, begun and ended at once; see exchange.h for the arguments. One column of ranks.
+VLLM_MS_EXPORT int vllm_ms_dispatch(const char *name, const int32_t *token_ranks, int64_t total, int64_t capacity,
+                                    const float *routing, int64_t top_k, const float *x, int64_t width, float *out,
+                                    char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::Group &group = vllm_ms::group(name);
+    const vllm_ms::StepTokens tokens(token_ranks, total, group.size());
+    const uint32_t round = vllm_ms::begin_dispatch(group, tokens, x, width);
+    vllm_ms::end_dispatch(group, round, tokens, {capacity, 1, 0}, routing, top_k, x, width, out);
+  });
+}
+VLLM_MS_EXPORT int vllm_ms_combine(const char *name, const int32_t *token_ranks, int64_t total, int64_t capacity,
+                                   const float *routing, int64_t top_k, const float *y, int64_t width, float *out,
+                                   char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::Group &group = vllm_ms::group(name);
+    const vllm_ms::StepTokens tokens(token_ranks, total, group.size());
+    const vllm_ms::ExpertHolders holders{capacity, 1, 0};
+    const uint32_t round = vllm_ms::begin_combine(group, tokens, holders, routing, top_k, y, width);
+    vllm_ms::end_combine(group, round, tokens, holders, routing, top_k, y, width, out);
   });
 }

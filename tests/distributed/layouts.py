@@ -1,0 +1,46 @@
+"""Engines and servers of several ranks on the small families, for tests of their tokens."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm import LLM
+
+from tests.models.checkpoints import checkpoint
+from tests.support import commands
+from tests.support.server import NAME, Server
+
+SETTINGS = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, seed=0)
+
+
+@contextmanager
+def engine(name: str, **options) -> Iterator[LLM]:
+    """An `LLM` on family `name` in float32, its ranks in processes of their own."""
+    llm = LLM(str(checkpoint(name)), dtype="float32", disable_log_stats=True, **SETTINGS, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def server(name: str, log: Path, *options: str) -> Server:
+    """A server on family `name` in float32."""
+    settings = [word for key, value in SETTINGS.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = ["vllm", "serve", str(checkpoint(name)), "--backend", "mindspore", "--served-model-name", NAME]
+    return Server([*command, "--dtype", "float32", *settings, *options], commands.free_port(), log)
+
+
+def served_greedy(running: Server, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy continuations of prompts that are sent at once."""
+
+    def complete(prompt: list[int]) -> list[int]:
+        answer = running.openai.completions.create(
+            model=NAME, prompt=prompt, temperature=0, max_tokens=max_tokens,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+        return json.loads(answer.choices[0].model_dump_json())["token_ids"]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(complete, prompts))

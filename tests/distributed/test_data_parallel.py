@@ -1,0 +1,36 @@
+"""Engines with requests of their own that share a model's experts: a real server gives the reference's tokens."""
+
+import pytest
+
+from tests.distributed.layouts import served_greedy, server
+from tests.models.reference import MAX_TOKENS, PROMPTS, reference
+
+EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
+# `make test-slow` runs all.
+FIRST = [("parallel-qwen3-moe", 2, EXPERTS)]
+LAYOUTS = [
+    *FIRST,
+    ("parallel-qwen3-moe", 2),
+    ("parallel-qwen3-moe", 4, EXPERTS),
+    ("parallel-qwen3-moe", 2, EXPERTS, TENSORS),
+    ("parallel-qwen3-moe", 2, TENSORS),
+    ("parallel-deepseek-v3", 2, EXPERTS),
+    ("parallel-deepseek-v3", 2, EXPERTS, TENSORS),
+    ("parallel-gpt-oss", 2, EXPERTS),
+    ("parallel-qwen3", 2),
+]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [layout if layout in FIRST else pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS],
+    ids=lambda layout: " ".join(map(str, layout)),
+)
+def test_a_server_gives_the_tokens_of_one_process(layout, tmp_path):
+    name, engines, *options = layout
+    expected = reference(name).generate(PROMPTS)
+    with server(name, tmp_path / "server.log", f"--data-parallel-size={engines}", *options) as running:
+        assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected, "uneven numbers of tokens on all ranks"
+        for prompt, tokens in zip(PROMPTS[:3], expected, strict=False):
+            assert served_greedy(running, [prompt], MAX_TOKENS) == [tokens], "one rank works, the others are idle"
+        assert served_greedy(running, PROMPTS[::-1], MAX_TOKENS) == expected[::-1]

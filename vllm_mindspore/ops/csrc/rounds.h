@@ -1,0 +1,110 @@
+// Rounds between the processes of one host, over memory that they share: what all collectives are made of.
+//
+// The memory has, for every rank, two counters and kDepth slots. A rank begins a round with `post`: it writes what the
+// others need into its slot of the round and raises its counter of rounds posted. It ends the round with `take`: it waits
+// until all have posted, reads their slots, and raises its counter of rounds taken. Between the two it may do other work
+// and other rounds; all ranks post their rounds in the same order. A slot is written again when all have taken what was in
+// it.
+//
+// A rank that waits finds out within kAliveCheck that another has died (the kernel drops the lock that each rank holds on
+// its byte of the memory's file), that it reported a failure, or that it is at another collective; and, after the group's
+// timeout, that it stalls. Each is a std::runtime_error that names the group and the rank, and ends the group for all.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+
+#include "waiting.h"
+
+namespace vllm_ms {
+
+constexpr int kMostRanks = 64;
+struct GroupMemory;
+
+struct GroupOptions {
+  std::string name;
+  int rank = 0;
+  int size = 1;
+  std::string memory;            // path of the group's memory, to join it; empty: make it
+  int64_t slot_bytes = 0;        // most of a round, where it is made; only what is used becomes resident
+  double timeout = 0;            // seconds that another rank may take to arrive; 0: any
+  int64_t spin_nanoseconds = 0;  // to wait busily before sleeping
+};
+
+template <class... Parts>
+std::string text_of(const Parts &...parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+enum class Collective : int32_t { all_reduce, all_gather, reduce_scatter, barrier, gather_rows, dispatch, combine };
+
+class Rounds {
+ public:
+  static constexpr int kDepth = 4;  // rounds that a rank may have posted and not taken
+
+  explicit Rounds(const GroupOptions &options);
+  ~Rounds();
+  Rounds(const Rounds &) = delete;
+  Rounds &operator=(const Rounds &) = delete;
+
+  int rank() const { return options_.rank; }
+  int size() const { return options_.size; }
+  const std::string &name() const { return options_.name; }
+  // Others join by /proc/<process>/fd/<this>: the memory has no name in any file system, and is gone with its last user.
+  int file() const { return file_; }
+  int64_t slot_bytes() const;
+  void set_timeout(double seconds) { options_.timeout = seconds; }
+
+  // Begins a round: write(slot) writes this rank's slot. Returns the round's number.
+  // bytes: of the whole collective that the round belongs to, to tell when ranks are at different ones.
+  template <class Write>
+  uint32_t post(Collective kind, int64_t bytes, Write write) {
+    const uint32_t round = begin(kind, bytes);
+    write(slot(options_.rank, round));
+    publish(kind, bytes);
+    return round;
+  }
+
+  // Ends a round: waits for all ranks, of which rank r has given bytes_of(r), and lets read() look at their slots.
+  template <class BytesOf, class Read>
+  void take(uint32_t round, Collective kind, BytesOf bytes_of, Read read) {
+    for (int other = 0; other < options_.size; ++other) {
+      if (other != options_.rank) wait_for_post(other, round, kind, bytes_of(other));
+    }
+    read();
+    give_back(round);
+  }
+
+  // What a rank wrote, between `post` and the end of `take`.
+  char *slot(int rank, uint32_t round) const;
+
+  // Ends the group: ranks that wait, or will, fail with `reason`.
+  void fail(const std::string &reason);
+
+ private:
+  struct Wanted;
+
+  uint32_t begin(Collective kind, int64_t bytes);
+  void publish(Collective kind, int64_t bytes);
+  void wait_for_post(int other, uint32_t round, Collective kind, int64_t bytes);
+  void give_back(uint32_t round);
+  void wait_for(const Wanted &wanted);
+  void sleep_until_there(const Wanted &wanted);
+  void require_alive();
+  [[noreturn]] void end(const std::string &reason);
+
+  GroupOptions options_;
+  int file_ = -1;
+  GroupMemory *memory_ = nullptr;
+  int64_t mapped_ = 0;
+  uint32_t posted_ = 0, taken_ = 0;  // rounds; of the taken ones only as far as none is missing
+  uint32_t taken_ahead_ = 0;         // bit i: round taken_ + 1 + i is taken too
+};
+
+// Why a group of this process has ended; empty if none has.
+std::string group_failure();
+
+}  // namespace vllm_ms
