@@ -144,3 +144,11 @@ def kv_cache_config(vllm_config, groups: list, num_blocks: int):
         return _kv_cache_planning().get_kv_cache_config_from_groups(vllm_config, groups, available_memory=0)
     finally:
         cache.num_gpu_blocks_override = override
+
+
+def safetensors_files(loader, model_config) -> list[str]:
+    """The safetensors files that vLLM's `DefaultModelLoader` reads the model from, downloaded; [] if there are none."""
+    _, files, safetensors, _ = loader._prepare_weights(
+        model_config.model, None, model_config.revision, fall_back_to_pt=True, allow_patterns_overrides=None
+    )
+    return files if safetensors else []

@@ -13,6 +13,7 @@ DEFAULT_BLOCK_SIZE = 16
 KV_CACHE_LAYOUT = "LBNHC"
 # Those of vLLM's loaders that read a checkpoint tensor by tensor.
 QUANTIZABLE_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer", "dummy")
+FP8_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "dummy")  # those of them that read safetensors files
 
 
 class UnsupportedOptionError(ValueError):
@@ -88,9 +89,11 @@ def verify_quantization(method: str) -> None:
     Raises:
         UnsupportedOptionError: names what is supported.
     """
-    if method not in quantization.NAMES:
-        supported = f"{' and '.join(quantization.NAMES)}, which quantize bf16, fp16 and fp32 checkpoints as they load"
-        raise UnsupportedOptionError("--quantization", method, supported, "Use an unquantized checkpoint.")
+    if method not in (*quantization.NAMES, quantization.DEQUANTIZE):
+        names = " and ".join(quantization.NAMES)
+        supported = f"{names}, which quantize bf16, fp16, fp32 and fp8 checkpoints as they load, and checkpoints in fp8"
+        advice = "Leave the option out, and use a checkpoint that is unquantized or in fp8."
+        raise UnsupportedOptionError("--quantization", method, supported, advice)
 
 
 def _refuse_quantized_loading(vllm_config) -> None:
@@ -99,12 +102,17 @@ def _refuse_quantized_loading(vllm_config) -> None:
     if vllm_config.quant_config is None:
         return
     verify_quantization(model.quantization)
-    option = f"--quantization {model.quantization} with "
+    in_fp8 = vllm_config.quant_config.checkpoint is not None
+    if model.quantization == quantization.DEQUANTIZE and not in_fp8:
+        found = f"{model.quantization} with an unquantized checkpoint"
+        raise UnsupportedOptionError("--quantization", found, "it for checkpoints in fp8", "Leave the option out.")
+    option = f"{'a checkpoint in fp8' if in_fp8 else f'--quantization {model.quantization}'} with "
     if model.quantization_config is not None:
         found, advice = "a configuration", "Leave the option out."
         raise UnsupportedOptionError(f"{option}--quantization-config", found, "the method's name alone", advice)
-    if loading.load_format not in QUANTIZABLE_FORMATS:
-        supported = f"the formats {', '.join(QUANTIZABLE_FORMATS)}"
+    formats = FP8_FORMATS if in_fp8 else QUANTIZABLE_FORMATS
+    if loading.load_format not in formats:
+        supported = f"the formats {', '.join(formats)}"
         raise UnsupportedOptionError(f"{option}--load-format", loading.load_format, supported, "Use one of them.")
 
 

@@ -20,7 +20,7 @@ class MindSporePlatform(Platform):
     dist_backend = "gloo"
     ray_device_key = ""
     device_control_env_var = "MS_VISIBLE_DEVICES"
-    supported_quantization: list[str] = list(quantization.NAMES)
+    supported_quantization: list[str] = [*quantization.NAMES, quantization.DEQUANTIZE]
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,9 +16,9 @@ SETTINGS = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, s
 
 
 @contextmanager
-def engine(name: str, **options) -> Iterator[LLM]:
-    """An `LLM` on family `name` in float32, its ranks in processes of their own."""
-    llm = LLM(str(checkpoint(name)), dtype="float32", disable_log_stats=True, **SETTINGS, **options)
+def engine(name: str, folder: Path | None = None, **options) -> Iterator[LLM]:
+    """An `LLM` on family `name` in float32, its ranks in processes of their own. folder: another checkpoint of it."""
+    llm = LLM(str(folder or checkpoint(name)), dtype="float32", disable_log_stats=True, **SETTINGS, **options)
     try:
         yield llm
     finally:

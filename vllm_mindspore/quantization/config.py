@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized, in the form vLLM's models ask for it."""
+"""Which layers of a model are quantized, in the form vLLM's models ask for it, and of which checkpoints."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_mindspore.quantization import BITS
+from vllm_mindspore.quantization import BITS, DEQUANTIZE
+from vllm_mindspore.quantization.checkpoint import Fp8Checkpoint
 from vllm_mindspore.quantization.method import QuantizedLinearMethod
 
 # Layers that stay in the checkpoint's type, by the end of their name: the router of a mixture of experts decides by
@@ -15,14 +16,17 @@ from vllm_mindspore.quantization.method import QuantizedLinearMethod
 EXACT_LAYERS = ("gate", "router", "shared_expert_gate", "kv_b_proj")
 
 
-class WeightOnlyConfig(QuantizationConfig):
-    """Linear layers and the output head get weights of `bits` bits; everything else keeps the checkpoint's type."""
+class LoadTimeConfig(QuantizationConfig):
+    """What becomes of weights while they are read, of a checkpoint that is unquantized, or in fp8.
+
+    checkpoint: how the latter is scaled; `dequantize.py` undoes it, so that layers see an unquantized one.
+    """
 
     name: str
 
-    @property
-    def bits(self) -> int:
-        return BITS[self.name]
+    def __init__(self, checkpoint: Fp8Checkpoint | None = None):
+        super().__init__()
+        self.checkpoint = checkpoint
 
     def get_name(self) -> str:
         return self.name
@@ -36,15 +40,49 @@ class WeightOnlyConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # the checkpoint is not quantized
+        return []  # config.json has it, or the checkpoint is not quantized
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "WeightOnlyConfig":
-        """Raises ValueError: only called for a checkpoint that says it is quantized."""
-        raise ValueError(
-            f"--quantization {cls.name}: found a quantized checkpoint ({config}). It quantizes bfloat16, float16 and "
-            "float32 checkpoints while they load. Use the original checkpoint."
-        )
+    def from_config(cls, config: dict[str, Any]) -> "LoadTimeConfig":
+        """From `quantization_config` of a checkpoint that `override_quantization_method` has claimed."""
+        return cls(Fp8Checkpoint.of(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claims checkpoints in fp8, where --quantization names this method.
+
+        Raises:
+            UnsupportedOptionError: a checkpoint that says fp8 or compressed-tensors, and is not plain fp8.
+        """
+        return cls.name if cls.is_meant(hf_quant_cfg, user_quant) and Fp8Checkpoint.of(hf_quant_cfg) else None
+
+    @classmethod
+    def is_meant(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> bool:
+        """Whether --quantization, `user_quant`, asks for this method."""
+        return user_quant == cls.name
+
+
+class DequantizeConfig(LoadTimeConfig):
+    """A checkpoint in fp8, and --quantization says nothing, or what the checkpoint is: layers are not quantized."""
+
+    name = DEQUANTIZE
+
+    @classmethod
+    def is_meant(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> bool:
+        return user_quant in (None, cls.name, hf_quant_cfg.get("quant_method"))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+class WeightOnlyConfig(LoadTimeConfig):
+    """Linear layers and the output head get weights of `bits` bits; everything else keeps the checkpoint's type."""
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.name]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
@@ -65,6 +103,6 @@ class MindSporeInt4Config(WeightOnlyConfig):
     name = "mindspore_int4"
 
 
-CONFIGS: dict[str, type[WeightOnlyConfig]] = {
-    config.name: config for config in (MindSporeInt8Config, MindSporeInt4Config)
+CONFIGS: dict[str, type[LoadTimeConfig]] = {
+    config.name: config for config in (MindSporeInt8Config, MindSporeInt4Config, DequantizeConfig)
 }

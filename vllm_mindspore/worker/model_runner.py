@@ -17,6 +17,7 @@ from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
+from vllm_mindspore.quantization import dequantize
 from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, sampling
 from vllm_mindspore.worker.step import ModelStep
 
@@ -49,6 +50,7 @@ class MindSporeModelRunner(CPUModelRunner):
         if load_dummy_weights:
             self.load_config.load_format = "dummy"
         loader = get_model_loader(self.load_config)
+        dequantize.adopt(loader, self.vllm_config)
         read_weights = loader.load_weights
 
         def load_weights(model, model_config) -> None:
