@@ -17,6 +17,7 @@ LAYOUTS = [
     ("parallel-deepseek-v3", 2, EXPERTS),
     ("parallel-deepseek-v3", 2, EXPERTS, TENSORS),
     ("parallel-gpt-oss", 2, EXPERTS),
+    ("parallel-pangu-pro-moe", 2, EXPERTS),
     ("parallel-qwen3", 2),
 ]
 

@@ -26,6 +26,20 @@ def test_float32_tokens_equal_the_reference(name, ranks):
     assert tokens[0] and all(counts == tokens[0] for counts in tokens), "ranks that share their tokens count the same"
 
 
+def test_ranks_with_whole_groups_of_experts_have_the_same_work():
+    """Pangu Pro MoE takes equally many experts of each group, whatever the tokens."""
+    name = "parallel-pangu-pro-moe"
+    config = PARALLEL_FAMILIES[name].config()
+    with engine(name, tensor_parallel_size=2, enable_expert_parallel=True) as llm:
+        assert greedy(llm, PROMPTS, MAX_TOKENS) == reference(name).generate(PROMPTS)
+        layers = llm.collective_rpc("tokens_of_experts")[0]
+    assert len(layers) == config.num_hidden_layers - len(config.mlp_only_layers)
+    for counts in layers.values():
+        first, second = counts[: config.num_experts // 2], counts[config.num_experts // 2 :]
+        assert sum(first) == sum(second) > 0
+        assert len(set(counts)) > 2, "experts themselves are chosen unevenly"
+
+
 def test_experts_move_to_other_places_without_a_compilation(monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions for the ranks
     name = "parallel-qwen3-moe"

@@ -56,7 +56,7 @@ def linear(x, weight, bias=None, residual=None, activation=""):
 
 def route(logits):
     """One expert a token."""
-    return own.moe_route(logits, None, 1, "softmax", True, 1, 1, 1.5)
+    return own.moe_route(logits, None, None, 1, "softmax", True, 1, 1, False, 1.5)
 
 
 def experts(x, logits, w13, w2, weight_on_input=False):

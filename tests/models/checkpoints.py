@@ -41,6 +41,7 @@ UNGATED_DOWN = ("fc2", "mlp.c_proj", "dense_4h_to_h")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 POSITIONS = ("embed_positions", "wpe")
 CORRECTION_BIAS = "e_score_correction_bias"  # of a router: a buffer, or a parameter that does not train
+EXPERT_SCALE = "router_scale"
 MAX_PROMPT = 151
 
 
@@ -91,6 +92,8 @@ def _distribution(name: str, parameter: torch.Tensor, scales: Scales, config) ->
         return 0.0, 0.3
     if name.endswith("bias"):
         return 0.0, 0.05
+    if name.endswith(EXPERT_SCALE):
+        return 2.0, 0.5
     if parameter.dim() == 1:
         mean = next((mean for part, mean in scales.norm.items() if part in name), 1.0)
         return mean - config.model_type.startswith(ZERO_CENTRED_NORMS), 0.2 * mean

@@ -10,6 +10,7 @@ prompts, scaled rotary embeddings whose scaling already matters at position 64.
     hf-as X   the hub ships only remote code: the same weights under the names of X, an equivalent in-tree class
     hf+alibi  Hugging Face's class with the ALiBi bias computed in float32 (Falcon's own rounds it to bfloat16), or
               LlamaForCausalLM with rotary switched off and an ALiBi mask (Baichuan 13B)
+    paper, float64  no implementation is public that could be installed: one written from the paper, in float64
 """
 
 from collections.abc import Callable

@@ -173,6 +173,9 @@ def _minicpm_fields(config: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
+_PANGU_EXPERTS = ("num_experts", "num_experts_per_tok", "n_group", "moe_intermediate_size",
+                  "shared_expert_intermediate_size", "mlp_only_layers")  # fmt: skip
+
 INTERNLM2 = HubFormat(
     "internlm2",
     "InternLM2Config",
@@ -195,6 +198,12 @@ EXAONE3 = HubFormat(
     _exaone3_fields,
     _exaone3_tensors,
     (("num_hidden_layers", "num_layers"),),
+)
+PANGU_PRO_MOE = HubFormat(
+    "PanguProMoE",
+    "PanguProMoEConfig",
+    lambda c: _llama_fields(c) | {name: getattr(c, name) for name in _PANGU_EXPERTS if getattr(c, name) is not None},
+    lambda state, config: state,
 )
 PANGU_EMBEDDED = HubFormat(
     "PanguEmbedded",

@@ -14,7 +14,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from . import hub_formats
 from .family import Family, Scales, dims, make, rope
+from .pangu_reference import PanguProMoEReferenceConfig
 
 GPT_OSS_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 QK_NORMS = {"q_norm": 1.7, "k_norm": 1.7}
@@ -151,5 +153,24 @@ MOE_FAMILIES = [
         notes="biases, gate and up interleaved and clamped, attention sinks, sliding window in every second layer: two "
         "KV groups",
         seed=2,
+    ),
+    Family(
+        "pangu-pro-moe",
+        "PanguProMoEForCausalLM",
+        make(
+            PanguProMoEReferenceConfig,
+            **dims(120, 5, 1, 151),
+            num_experts=15,
+            num_experts_per_tok=3,
+            moe_intermediate_size=37,
+            shared_expert_intermediate_size=75,
+            rope_parameters=rope(theta=1.6e7),
+        ),
+        "PanguProMoEForCausalLM",
+        reference="paper, float64",
+        hub_format=hub_formats.PANGU_PRO_MOE,
+        notes="a class of ours; the best expert of each group of five, a scale for each expert, a shared expert; bias "
+        "on q, k, v and o",
+        seed=1,
     ),
 ]

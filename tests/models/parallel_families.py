@@ -5,8 +5,10 @@ Seeds are such that the two best logits never lie closer than 1e-4: ranks add in
 
 from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from . import hub_formats
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .moe_families import GPT_OSS_YARN, QK_NORMS
+from .pangu_reference import PanguProMoEReferenceConfig
 
 _PARALLEL = [
     Family(
@@ -90,6 +92,26 @@ _PARALLEL = [
         "GptOssForCausalLM",
         scales=Scales(logits=1.6),
         notes="biases, of which one rank adds those of the output; sinks of each rank's heads",
+    ),
+    Family(
+        "parallel-pangu-pro-moe",
+        "PanguProMoEForCausalLM",
+        make(
+            PanguProMoEReferenceConfig,
+            **dims(112, 4, 2, 152),
+            num_experts=20,
+            num_experts_per_tok=8,
+            n_group=4,
+            moe_intermediate_size=44,
+            shared_expert_intermediate_size=76,
+            mlp_only_layers=[1],
+            rope_parameters=rope(theta=1.6e7),
+        ),
+        "PanguProMoEForCausalLM",
+        reference="paper, float64",
+        hub_format=hub_formats.PANGU_PRO_MOE,
+        notes="two experts of each of four groups, so that 2 and 4 ranks hold whole groups; a dense layer between",
+        seed=1,
     ),
 ]
 

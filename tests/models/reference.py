@@ -119,10 +119,30 @@ class FalconAlibiReference(Reference):
         return mock.patch.object(modeling_falcon, "build_alibi_tensor", build_alibi_tensor)
 
 
-class LlamaAlibiReference(Reference):
+class UncachedReference(Reference):
+    """No KV cache: each step runs the whole sequence."""
+
+    def _generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        tokens = list(ids)
+        for _ in range(max_tokens):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(ids) :]
+
+
+class PaperReference(UncachedReference):
+    """A model of `pangu_reference.py`, in float64 unless bfloat16 is asked for."""
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if dtype == torch.bfloat16:
+            return super().logits(ids, dtype)
+        return super().logits(ids, torch.float64).to(dtype)
+
+
+class LlamaAlibiReference(UncachedReference):
     """LlamaForCausalLM with every position 0, so that rotary is the identity, and ALiBi in the attention mask.
 
-    Baichuan 13B. No KV cache: each step runs the whole sequence.
+    Baichuan 13B.
     """
 
     def _forward(self, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -131,12 +151,6 @@ class LlamaAlibiReference(Reference):
         mask = (alibi_slopes(model.config.num_attention_heads)[:, None, None] * distance).to(model.dtype)
         mask = mask.masked_fill(distance > 0, torch.finfo(model.dtype).min)[None]
         return model(ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False).logits
-
-    def _generate(self, ids: list[int], max_tokens: int) -> list[int]:
-        tokens = list(ids)
-        for _ in range(max_tokens):
-            tokens.append(int(self.logits(tokens)[-1].argmax()))
-        return tokens[len(ids) :]
 
 
 @contextlib.contextmanager
@@ -164,6 +178,8 @@ _CLASSES = {
     "falcon-alibi": FalconAlibiReference,
     "baichuan-13b": LlamaAlibiReference,
     "phi3-longrope-long": LongFactorsReference,
+    "pangu-pro-moe": PaperReference,
+    "parallel-pangu-pro-moe": PaperReference,
 }
 
 

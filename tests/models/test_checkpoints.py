@@ -119,6 +119,8 @@ FEATURES = [
     ),
     ("qwen3-moe", "norm_topk_prob", _set(norm_topk_prob=False)),
     ("gpt-oss", "one expert more", _set(num_experts_per_tok=3)),
+    ("pangu-pro-moe", "groups", _set(n_group=1)),
+    ("pangu-pro-moe", "scale of each expert", _set(scale_experts=False)),
     ("minicpm", "scale_emb", _set(embedding_multiplier=1.0)),
     ("minicpm", "scale_depth", _set(residual_multiplier=1.0)),
 ]

@@ -34,7 +34,7 @@ EXPECTED = {
     **dict.fromkeys(["mixtral", "olmoe"], (3, 0, 3, 6)),
     "qwen3-moe": (3, 1, 4, 6),
     "qwen2-moe": (3, 6, 3, 6),
-    **dict.fromkeys(["glm4-moe", "ernie-moe"], (3, 3, 6, 6)),
+    **dict.fromkeys(["glm4-moe", "ernie-moe", "pangu-pro-moe"], (3, 3, 6, 6)),
     "granite-moe": (3, 0, 0, 6),
     "gpt-oss": (4, 0, 4, 8),
     # Their attention is fuse_mla's; a norm of the queries' own latent comes on top.
@@ -46,7 +46,7 @@ EXPECTED = {
 }
 # family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model scales their result.
 MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 4, "ernie-moe": 2, "granite-moe": 6,
-       "gpt-oss": 4, "deepseek-v2-moe": 4, "deepseek-v3-moe": 4}  # fmt: skip
+       "gpt-oss": 4, "deepseek-v2-moe": 4, "deepseek-v3-moe": 4, "pangu-pro-moe": 3}  # fmt: skip
 LATENT = {name: 3 for name in EXPECTED if name.startswith("deepseek")}
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}

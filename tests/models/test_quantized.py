@@ -27,13 +27,17 @@ CHOICES = {
 
 def without_choice(folder: Path, copy: Path) -> bool:
     """Write the checkpoint in `folder` to `copy`, every token going to all experts; False if it has none."""
+    if (folder / "reference").is_dir():
+        (copy / "reference").mkdir()
+        without_choice(folder / "reference", copy / "reference")
     config, chosen = json.loads((folder / "config.json").read_text()), False
     for choice, names in CHOICES.items():
         for name in names:
             if config.get(choice) and config.get(name):
                 config[choice], chosen = config[name], True
     for file in folder.iterdir():
-        (copy / file.name).symlink_to(file)
+        if file.is_file():
+            (copy / file.name).symlink_to(file)
     (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps(config))
     return chosen

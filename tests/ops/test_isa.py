@@ -11,7 +11,7 @@ import pytest
 from vllm_mindspore.ops import build
 
 FILES = ["test_linear.py", "test_quantized.py", "test_norm.py", "test_activation.py", "test_embedding.py"]
-FILES += ["test_pointwise.py", "test_moe.py", "test_sampling.py"]
+FILES += ["test_pointwise.py", "test_moe.py", "test_moe_route.py", "test_sampling.py"]
 
 
 def other_variants() -> list[str]:

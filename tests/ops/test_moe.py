@@ -1,4 +1,4 @@
-"""moe_route and moe_experts on CPU through MindSpore: right against float64, and independent of the batch."""
+"""moe_experts on CPU through MindSpore: right against float64, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -22,106 +22,6 @@ from tests.ops.helpers import (
 from vllm_mindspore.ops import registry
 
 EPS = 1e-6
-ROUTE = {"scoring": "softmax", "renormalize": True, "num_expert_group": 1, "topk_group": 1, "scale": 1.0}
-
-
-def route(logits, top_k, bias=None, **attributes) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [T, top_k], weights [T, top_k]) of the operator."""
-    op = registry.build("moe_route", "cpu", () if bias is None else ("bias",), top_k=top_k, **{**ROUTE, **attributes})
-    found = op(tensor(logits), *(() if bias is None else (tensor(bias),))).asnumpy()
-    assert found.shape == (len(logits), 2 * top_k)
-    return found[:, :top_k].astype(np.int64), found[:, top_k:]
-
-
-def routing_of(logits, top_k, bias=None, *, scoring, renormalize, num_expert_group, topk_group, scale):
-    """The same in float64, written with sorting."""
-    logits = np.asarray(logits, np.float64)
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    scores = exponentials / exponentials.sum(-1, keepdims=True) if scoring == "softmax" else 1 / (1 + np.exp(-logits))
-    choice = scores if bias is None else scores + np.asarray(bias, np.float64)
-    groups = choice.reshape(len(logits), num_expert_group, -1)
-    worth = groups.max(-1) if bias is None else np.sort(groups, -1)[..., -2:].sum(-1)
-    order = np.argsort(-worth, axis=-1, kind="stable")
-    masked = np.full_like(groups, -np.inf)
-    for row, best in enumerate(order[:, :topk_group]):
-        masked[row, best] = groups[row, best]
-    ids = np.argsort(-masked.reshape(choice.shape), axis=-1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(scores, ids, -1)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    return ids, weights * scale
-
-
-ROUTINGS = {
-    "mixtral": dict(experts=8, top_k=2),
-    "one expert": dict(experts=1, top_k=1),
-    "all experts": dict(experts=7, top_k=7),
-    "qwen3": dict(experts=128, top_k=8),
-    "olmoe": dict(experts=64, top_k=8, renormalize=False),
-    "llama4": dict(experts=16, top_k=1, scoring="sigmoid", renormalize=False),
-    "deepseek-v2": dict(experts=160, top_k=6, renormalize=False, num_expert_group=8, topk_group=3, scale=16.0),
-    "deepseek-v3": dict(
-        experts=256, top_k=8, scoring="sigmoid", bias=True, num_expert_group=8, topk_group=4, scale=2.5
-    ),
-    "glm4": dict(experts=10, top_k=3, scoring="sigmoid", bias=True, scale=1.7),
-    "ernie": dict(experts=33, top_k=6, bias=True),
-    "odd groups": dict(experts=33, top_k=5, num_expert_group=11, topk_group=2),
-}
-
-
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_routing_is_right(name):
-    options = dict(ROUTINGS[name])
-    experts, top_k, biased = options.pop("experts"), options.pop("top_k"), options.pop("bias", False)
-    rng = np.random.default_rng(len(name))
-    bias = rng.standard_normal(experts).astype(np.float32) if biased else None
-    for rows in (0, 1, 2, 33, 300):
-        logits = 2 * rng.standard_normal((rows, experts)).astype(np.float32)
-        ids, weights = route(logits, top_k, bias, **options)
-        if not rows:
-            continue
-        expected_ids, expected = routing_of(logits, top_k, bias, **{**ROUTE, **options})
-        assert np.array_equal(ids, expected_ids)
-        assert np.abs(weights / expected - 1).max() < 2e-6
-
-
-def test_of_equal_experts_the_first_are_chosen():
-    ids, weights = route(np.zeros((3, 20), np.float32), 4)
-    assert ids.tolist() == [[0, 1, 2, 3]] * 3
-    assert np.allclose(weights, 0.25)
-
-
-def test_logits_that_are_no_numbers_give_different_experts():
-    logits = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
-    logits[0, 3], logits[1, 4], logits[2, 5] = np.nan, np.inf, -np.inf
-    logits[3], logits[4] = np.nan, -np.inf
-    for scoring, groups in itertools.product(("softmax", "sigmoid"), (1, 4)):
-        options = dict(scoring=scoring, num_expert_group=groups, topk_group=(groups + 1) // 2)
-        ids, weights = route(logits, 5, **options)
-        assert all(len(set(row)) == 5 for row in ids.tolist()) and ids.min() >= 0 and ids.max() < 16
-        expected_ids, expected = routing_of(logits[5:], 5, **{**ROUTE, **options})
-        assert np.array_equal(ids[5:], expected_ids) and np.abs(weights[5:] / expected - 1).max() < 2e-6
-    ids, weights = route(logits, 5, scoring="sigmoid")
-    assert 3 not in ids[0] and np.isfinite(weights[0]).all(), "an expert without a number is the last choice"
-    assert ids[1, 0] == 4 and 5 not in ids[2] and np.isfinite(weights[2]).all()
-
-
-def test_impossible_routing_is_refused():
-    logits = tensor(np.zeros((2, 12), np.float32))
-    for options, message in (
-        (dict(num_expert_group=5, topk_group=2), "12 experts do not divide into 5 groups"),
-        (dict(num_expert_group=4, topk_group=1), "top_k: 4 of 3 experts"),
-    ):
-        op = registry.build("moe_route", "cpu", (), top_k=4, **{**ROUTE, **options})
-        with pytest.raises(RuntimeError, match=message):
-            op(logits)
-    for options, message in (
-        (dict(scoring="relu"), "scoring 'relu'"),
-        (dict(topk_group=2), "topk_group 2 of 1"),
-        (dict(top_k=0), "top_k 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            registry.build("moe_route", "cpu", (), **{"top_k": 1, **ROUTE, **options})
 
 
 @dataclass

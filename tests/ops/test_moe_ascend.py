@@ -10,7 +10,7 @@ from tests.ops.helpers import tensor
 from tests.ops.test_ascend_export import export, in_scratch_folder, ones  # noqa: F401  a fixture
 from vllm_mindspore.ops import registry
 
-PLAIN = dict(num_expert_group=1, topk_group=1)
+PLAIN = dict(num_expert_group=1, topk_group=1, balanced=False)
 EXPERTS = dict(norm="", eps=1e-6, norm_offset=0.0, activation="silu_and_mul", interleaved=False, alpha=1.0, beta=0.0,
                limit=0.0, weight_on_input=False)  # fmt: skip
 
@@ -20,19 +20,22 @@ EXPERTS = dict(norm="", eps=1e-6, norm_offset=0.0, activation="silu_and_mul", in
     "options",
     [
         dict(PLAIN, scoring="softmax", renormalize=True, scale=1.0),
-        dict(num_expert_group=4, topk_group=2, scoring="sigmoid", renormalize=True, scale=2.5),
-        dict(num_expert_group=6, topk_group=3, scoring="softmax", renormalize=False, scale=16.0),
+        dict(num_expert_group=4, topk_group=2, balanced=False, scoring="sigmoid", renormalize=True, scale=2.5),
+        dict(num_expert_group=6, topk_group=3, balanced=False, scoring="softmax", renormalize=False, scale=16.0),
+        dict(num_expert_group=6, topk_group=6, balanced=True, scoring="softmax", renormalize=False, scale=1.0),
+        dict(num_expert_group=4, topk_group=3, balanced=True, scoring="sigmoid", renormalize=True, scale=1.5),
     ],
 )
-def test_routing_also_runs(options, biased):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_routing_also_runs(options, biased, scaled):
     random = np.random.default_rng(4)
     inputs = [tensor(random.standard_normal((9, 24)))]
-    if biased:
-        inputs.append(tensor(random.standard_normal(24)))
-    given = ("bias",) if biased else ()
-    op = registry.build("moe_route", "ascend", given, top_k=5, **options)
+    given = tuple(name for name, present in (("bias", biased), ("expert_scale", scaled)) if present)
+    inputs += [tensor(random.standard_normal(24)) for _ in given]
+    top_k = 6 if options["balanced"] else 5
+    op = registry.build("moe_route", "ascend", given, top_k=top_k, **options)
     assert "TopK" in export(op, *inputs)
-    expected = registry.build("moe_route", "cpu", given, top_k=5, **options)(*inputs).asnumpy()
+    expected = registry.build("moe_route", "cpu", given, top_k=top_k, **options)(*inputs).asnumpy()
     np.testing.assert_allclose(op(*inputs).asnumpy(), expected, rtol=1e-5)
 
 

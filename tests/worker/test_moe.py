@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import grou
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 
 from vllm_mindspore.config import UnsupportedOptionError
+from vllm_mindspore.models.balanced_router import GroupBalancedRouter
 from vllm_mindspore.ops import registry
 from vllm_mindspore.worker.moe import Routing, expert_activation, routing_of
 
@@ -82,7 +83,7 @@ def test_grouped_routing_gives_what_vllms_own_code_gives(biased, scoring, renorm
     )
     op = registry.build(
         "moe_route", "cpu", ("bias",) if biased else (), top_k=5, scoring=scoring, renormalize=renormalize,
-        num_expert_group=6, topk_group=3, scale=1.5,
+        num_expert_group=6, topk_group=3, balanced=False, scale=1.5,
     )  # fmt: skip
     found = op(ms.Tensor(logits.numpy()), *([ms.Tensor(bias.numpy())] if biased else [])).asnumpy()
     for row in range(40):
@@ -90,6 +91,43 @@ def test_grouped_routing_gives_what_vllms_own_code_gives(biased, scoring, renorm
         ours = dict(zip(found[row, :5].astype(int).tolist(), found[row, 5:].tolist(), strict=True))
         assert ours.keys() == theirs.keys()
         assert np.allclose([ours[e] for e in theirs], list(theirs.values()), rtol=3e-6)
+
+
+@pytest.mark.parametrize("top_k", [6, 12, 24])
+def test_balanced_routing_gives_what_the_routers_own_code_gives(top_k):
+    random = torch.Generator().manual_seed(top_k)
+    logits, scale = torch.randn(40, 24, generator=random), torch.rand(24, generator=random) + 0.5
+    router = GroupBalancedRouter(top_k, 24, 6, scale)
+    known = routing_of(router, "layers.0.experts")
+    assert known == Routing(
+        top_k, "softmax", False, num_expert_group=6, topk_group=6, balanced=True, expert_scaled=True
+    )
+    weights, ids = router.select_experts(logits, logits)
+    op = registry.build(
+        "moe_route", "cpu", ("expert_scale",), top_k=top_k, scoring=known.scoring, renormalize=known.renormalize,
+        num_expert_group=known.num_expert_group, topk_group=known.topk_group, balanced=known.balanced,
+        scale=known.scale,
+    )  # fmt: skip
+    found = op(ms.Tensor(logits.numpy()), ms.Tensor(scale.numpy())).asnumpy()
+    for row in range(40):
+        theirs = dict(zip(ids[row].tolist(), weights[row].tolist(), strict=True))
+        ours = dict(zip(found[row, :top_k].astype(int).tolist(), found[row, top_k:].tolist(), strict=True))
+        assert ours.keys() == theirs.keys() and len(ours) == top_k
+        assert np.allclose([ours[e] for e in theirs], list(theirs.values()), rtol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "experts", "groups", "message"),
+    [
+        (8, 60, 8, "60 experts do not divide into 8 groups"),
+        (6, 64, 4, "6 experts a token are not equally many of 4 groups"),
+        (16, 8, 8, "16 experts a token, of 8 in all"),
+        (8, 64, 0, "64 experts do not divide into 0 groups"),
+    ],
+)
+def test_groups_that_cannot_be_balanced_are_refused(top_k, experts, groups, message):
+    with pytest.raises(ValueError, match=message):
+        GroupBalancedRouter(top_k, experts, groups, torch.ones(experts))
 
 
 def activation(kind: MoEActivation, limit=None, alpha=None, beta=None) -> dict:

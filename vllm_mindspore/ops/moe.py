@@ -12,17 +12,19 @@ SCORINGS = ("softmax", "sigmoid")
 EXPERT_ACTIVATIONS = (*ACTIVATIONS, "clamped_silu_and_mul")
 
 
-def _route_fake(logits, bias, top_k, scoring, renormalize, num_expert_group, topk_group, scale):
+def _route_fake(logits, bias, expert_scale, top_k, *_):
     return like_input(logits, (logits.shape[0], 2 * top_k))
 
 
-def _check_route(given, top_k, scoring, renormalize, num_expert_group, topk_group, scale):
+def _check_route(given, top_k, scoring, num_expert_group, topk_group, balanced, **_):
     if scoring not in SCORINGS:
         raise ValueError(f"moe_route: scoring {scoring!r} is not one of {SCORINGS}")
     if top_k < 1:
         raise ValueError(f"moe_route: top_k {top_k} is not positive")
     if not 1 <= topk_group <= num_expert_group:
         raise ValueError(f"moe_route: topk_group {topk_group} of {num_expert_group} groups")
+    if balanced and top_k % topk_group:
+        raise ValueError(f"moe_route: top_k {top_k} balanced over {topk_group} groups")
 
 
 def _count_fake(routing, experts):
@@ -58,13 +60,14 @@ def _experts_columns(shapes, attributes):
 
 OPERATORS = [
     Operator(
-        # logits [T, E] f32, bias [E]; [T, 2 * top_k]: expert ids, best first, then their weights. Experts are chosen by
-        # scoring(logits) + bias, from the best topk_group of num_expert_group groups; weights are scoring(logits),
-        # divided by their sum if renormalize, times scale.
+        # logits [T, E] f32, bias [E], expert_scale [E]; [T, 2 * top_k]: expert ids, best first, then their weights.
+        # Experts are chosen by scoring(logits) + bias, from the best topk_group of num_expert_group groups; equally
+        # many of each if balanced. Weights are scoring(logits), divided by their sum if renormalize, times scale and
+        # the chosen expert's expert_scale.
         name="moe_route",
         schema=Schema.parse(
-            "(Tensor logits, Tensor? bias, int top_k, str scoring, bool renormalize, int num_expert_group,"
-            " int topk_group, float scale) -> Tensor"
+            "(Tensor logits, Tensor? bias, Tensor? expert_scale, int top_k, str scoring, bool renormalize,"
+            " int num_expert_group, int topk_group, bool balanced, float scale) -> Tensor"
         ),
         fake=_route_fake,
         cpu="MoeRoute",

@@ -20,14 +20,15 @@ LOWEST = -3.4028235e38
 class MoeRoute(_Operator):
     """logits [T, E] → [T, 2 * top_k]: ids, then weights; all in float32."""
 
-    def __init__(self, given, top_k, scoring, renormalize, num_expert_group, topk_group, scale):
+    def __init__(self, given, top_k, scoring, renormalize, num_expert_group, topk_group, balanced, scale):
         super().__init__(given)
-        self.bias = self.position("bias")
+        self.bias, self.expert_scale = self.position("bias"), self.position("expert_scale")
         self.top_k = top_k
         self.softmax = scoring == "softmax"
         self.renormalize = renormalize
         self.groups = num_expert_group
         self.topk_group = topk_group
+        self.per_group = top_k // topk_group if balanced else 0
         self.scale = scale
         self.top = ops.TopK(sorted=True)
 
@@ -42,19 +43,30 @@ class MoeRoute(_Operator):
         masked = ops.select((ops.expand_dims(kept, -1) + ops.zeros_like(grouped)) > 0, grouped, LOWEST)
         return masked.reshape(choice.shape)
 
+    def keep_best_of_each_group(self, choice):
+        grouped = choice.reshape((-1, self.groups, choice.shape[-1] // self.groups))
+        best = self.top(grouped, self.per_group)[1]
+        kept = ops.one_hot(best, grouped.shape[-1]).sum(2)
+        return ops.select(kept > 0, grouped, LOWEST).reshape(choice.shape)
+
     def construct(self, *tensors):
         logits = self.cast(tensors[0], ms_float32)
         scores = ops.softmax(logits, -1) if self.softmax else ops.sigmoid(logits)
         choice = scores
         if self.bias >= 0:
             choice = scores + self.cast(tensors[self.bias], ms_float32)
-        if self.groups > 1:
+        if self.topk_group < self.groups:
             choice = self.keep_best_groups(choice)
+        if self.per_group > 0:
+            choice = self.keep_best_of_each_group(choice)
         ids = self.top(choice, self.top_k)[1]
         weights = ops.gather_elements(scores, 1, ids)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdims=True)
-        return ops.concat((self.cast(ids, ms_float32), weights * self.scale), 1)
+        weights = weights * self.scale
+        if self.expert_scale >= 0:
+            weights = weights * ops.gather(self.cast(tensors[self.expert_scale], ms_float32), ids, 0)
+        return ops.concat((self.cast(ids, ms_float32), weights), 1)
 
 
 class MoeCount(_Operator):

@@ -22,12 +22,14 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from vllm_mindspore.config import UnsupportedOptionError
 from vllm_mindspore.models import expert_parallel
+from vllm_mindspore.models.balanced_router import GroupBalancedRouter
 from vllm_mindspore.ops.moe import SCORINGS
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The attributes of `moe_route`, and whether experts are chosen by score plus a correction bias."""
+    """The attributes of `moe_route`, whether experts are chosen by score plus a correction bias, and whether each has a
+    scale of its own."""
 
     top_k: int
     scoring: str
@@ -36,6 +38,8 @@ class Routing:
     num_expert_group: int = 1
     topk_group: int = 1
     scale: float = 1.0
+    balanced: bool = False
+    expert_scaled: bool = False
 
 
 def routing_of(router, layer_name: str) -> Routing:
@@ -100,6 +104,19 @@ def _grouped(router: GroupedTopKRouter) -> Routing | None:
     )
 
 
+def _balanced(router: GroupBalancedRouter) -> Routing:
+    groups = router.num_expert_group
+    return Routing(
+        router.top_k,
+        "softmax",
+        renormalize=False,
+        num_expert_group=groups,
+        topk_group=groups,
+        balanced=True,
+        expert_scaled=True,
+    )
+
+
 def _custom(router: CustomRoutingRouter) -> Routing | None:
     renormalize = CUSTOM_SIGMOID.get(getattr(router.custom_routing_function, "__qualname__", ""))
     return None if renormalize is None else Routing(router.top_k, "sigmoid", renormalize(router))
@@ -109,6 +126,7 @@ ROUTERS: dict[type, Callable[..., Routing | None]] = {
     FusedTopKRouter: _plain,
     FusedTopKBiasRouter: _biased,
     GroupedTopKRouter: _grouped,
+    GroupBalancedRouter: _balanced,
     CustomRoutingRouter: _custom,
 }
 # Functions that models bring along and that are top-k of sigmoids; whether the weights are divided by their sum.
@@ -167,6 +185,8 @@ class MindSporeMoERunner(MoERunner):
             routing = replace(routing, scale=routing.scale * self.routed_scaling_factor)
             self.routed_scaling_factor = 1.0
         layer.routing = routing
+        if routing.expert_scaled:
+            layer.expert_scale = self.router.expert_scale
         self.layout = expert_parallel.layout_of(layer)
         expert_map = expert_parallel.expert_map_of(layer, self.layout)
         layer.register_buffer("logical_to_physical", expert_map, persistent=False)
@@ -251,11 +271,13 @@ def route(layer, router_logits: torch.Tensor) -> torch.Tensor:
     return torch.ops.vllm_ms.moe_route(
         router_logits,
         layer.e_score_correction_bias if routing.biased else None,
+        layer.expert_scale if routing.expert_scaled else None,
         routing.top_k,
         routing.scoring,
         routing.renormalize,
         routing.num_expert_group,
         routing.topk_group,
+        routing.balanced,
         routing.scale,
     )
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -52,10 +53,18 @@ class MindSporeWorker(WorkerBase):
         ensure_model_parallel_initialized(
             self.parallel_config.tensor_parallel_size, self.parallel_config.pipeline_parallel_size
         )
+        self._forget_rendezvous()
         set_random_seed(self.model_config.seed)
         from vllm_mindspore.worker.model_runner import MindSporeModelRunner
 
         self.model_runner = MindSporeModelRunner(self.vllm_config, self.device)
+
+    def _forget_rendezvous(self) -> None:
+        """Delete the file through which the ranks have found each other: nobody else would, had one been killed."""
+        path = self.distributed_init_method.removeprefix("file://")
+        if path != self.distributed_init_method and self.parallel_config.world_size_across_dp > 1:
+            torch.distributed.barrier()
+            Path(path).unlink(missing_ok=True)
 
     @contextmanager
     def _together(self) -> Iterator[None]:

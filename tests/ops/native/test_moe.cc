@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/moe_experts.h"
 #include "kernels/moe_route.h"
 #include "parallel.h"
@@ -170,22 +172,57 @@ TEST(moe_route_bits_do_not_depend_on_threads_or_batch) {
   const int before = num_threads();
   testing::for_each_isa([] {
     testing::Random random(5);
-    const int64_t rows = 300, experts = 37, top_k = 5;
+    const int64_t rows = 300, experts = 35, top_k = 5;
     const std::vector<float> logits = random.normals(rows * experts);
-    const Stored bias(random.normals(experts), DType::bf16);
+    const Stored bias(random.normals(experts), DType::bf16), scale(random.normals(experts), DType::fp16);
     for (Scoring scoring : {Scoring::softmax, Scoring::sigmoid}) {
-      const auto route = [&](int64_t first, int64_t count) {
-        std::vector<float> out(count * 2 * top_k, NAN);
-        moe_route({logits.data() + first * experts, bias.weight(), out.data(), count, experts, top_k, scoring, true, 1,
-                   1, 1.5f});
-        return out;
-      };
-      set_num_threads(1);
-      const std::vector<float> whole = route(0, rows);
-      set_num_threads(3);
-      CHECK(testing::same_bits(route(0, rows).data(), whole.data(), whole.size()));
-      for (int64_t r : {0, 17, 299}) CHECK(testing::same_bits(route(r, 1).data(), &whole[r * 2 * top_k], 2 * top_k));
+      for (int64_t groups : {1, 5}) {
+        const auto route = [&](int64_t first, int64_t count) {
+          std::vector<float> out(count * 2 * top_k, NAN);
+          moe_route({logits.data() + first * experts, bias.weight(), scale.weight(), out.data(), count, experts, top_k,
+                     scoring, true, groups, groups, groups > 1, 1.5f});
+          return out;
+        };
+        set_num_threads(1);
+        const std::vector<float> whole = route(0, rows);
+        set_num_threads(3);
+        CHECK(testing::same_bits(route(0, rows).data(), whole.data(), whole.size()));
+        for (int64_t r : {0, 17, 299}) CHECK(testing::same_bits(route(r, 1).data(), &whole[r * 2 * top_k], 2 * top_k));
+      }
     }
   });
   set_num_threads(before);
+}
+
+TEST(moe_route_chooses_equally_many_of_each_group) {
+  testing::for_each_isa([] {
+    uint32_t seed = 20;
+    for (int64_t groups : {1, 2, 7}) {
+      for (int64_t size : {1, 3, 8, 19}) {
+        for (int64_t each : {int64_t{1}, (size + 1) / 2, size}) {
+          const int64_t rows = 9, experts = groups * size, top_k = groups * each;
+          testing::Random random(++seed);
+          const std::vector<float> logits = random.normals(rows * experts, 3);
+          const Stored scale(random.normals(experts), DType::f32);
+          std::vector<float> out(rows * 2 * top_k, NAN);
+          moe_route({logits.data(), Weight{}, scale.weight(), out.data(), rows, experts, top_k, Scoring::softmax, false,
+                     groups, groups, true, 1.0f});
+          for (int64_t r = 0; r < rows; ++r) {
+            const float *row = &logits[r * experts], *ids = &out[r * 2 * top_k];
+            double sum = 0;
+            for (int64_t e = 0; e < experts; ++e) sum += std::exp(static_cast<double>(row[e]));
+            for (int64_t e = 0; e < experts; ++e) {
+              int64_t better = 0;
+              for (int64_t o = e / size * size; o < (e / size + 1) * size; ++o) better += row[o] > row[e];
+              const float *found = std::find(ids, ids + top_k, static_cast<float>(e));
+              CHECK((found != ids + top_k) == (better < each)) << groups << " groups of " << size << ", expert " << e;
+              if (found == ids + top_k) continue;
+              const double weight = std::exp(static_cast<double>(row[e])) / sum * scale[e];
+              CHECK(std::fabs(found[top_k] - weight) <= 2e-6 * std::fabs(weight)) << found[top_k] << " " << weight;
+            }
+          }
+        }
+      }
+    }
+  });
 }

@@ -72,26 +72,44 @@ void keep_best_groups(const MoeRouteArgs &args, float *candidates, float *worth)
   }
 }
 
-void choose(const MoeRouteArgs &args, const float *scores, float *candidates, float *worth, float *out) {
+// Element `i` of a vector of weights.
+VLLM_MS_INLINE float element(const Weight &weight, int64_t i) {
+  float value = 0.0f;
+  VLLM_MS_DISPATCH_FLOAT(weight.dtype, W, { value = to_float(static_cast<const W *>(weight.data)[i]); });
+  return value;
+}
+
+// Counts `expert` for its group, and marks the experts that remain of it as taken once it has given its part.
+void count_for_group(const MoeRouteArgs &args, int64_t expert, float *candidates, float *chosen) {
+  const int64_t size = args.experts / args.groups, group = expert / size;
+  if (++chosen[group] < static_cast<float>(args.top_k / args.topk_groups)) return;
+  for (int64_t i = 0; i < size; ++i) candidates[group * size + i] = kTaken;
+}
+
+// groups: temporary memory for a value per group.
+void choose(const MoeRouteArgs &args, const float *scores, float *candidates, float *groups, float *out) {
   store(candidates + padded_size(args.experts) - kLanes, set1(kTaken));
   for (int64_t i = 0; i < args.experts; ++i) {
     float value = scores[i];
-    if (args.bias) {
-      VLLM_MS_DISPATCH_FLOAT(args.bias.dtype, B, { value += to_float(static_cast<const B *>(args.bias.data)[i]); });
-    }
+    if (args.bias) value += element(args.bias, i);
     candidates[i] = value > -FLT_MAX ? value : -FLT_MAX;  // NaN too
   }
-  if (args.groups > 1) keep_best_groups(args, candidates, worth);
+  if (args.topk_groups < args.groups) keep_best_groups(args, candidates, groups);
+  if (args.balanced) std::memset(groups, 0, args.groups * sizeof(float));
   float sum = 0.0f;
   for (int64_t j = 0; j < args.top_k; ++j) {
     const int64_t expert = take_best(candidates, args.experts);
     out[j] = static_cast<float>(expert);
     out[args.top_k + j] = scores[expert];
     sum += scores[expert];
+    if (args.balanced) count_for_group(args, expert, candidates, groups);
   }
   if (sum < kSmallestSum) sum = kSmallestSum;
   const float factor = args.renormalize ? args.scale / sum : args.scale;
   for (int64_t j = 0; j < args.top_k; ++j) out[args.top_k + j] *= factor;
+  for (int64_t j = 0; j < args.top_k && args.expert_scale; ++j) {
+    out[args.top_k + j] *= element(args.expert_scale, static_cast<int64_t>(out[j]));
+  }
 }
 
 }  // namespace
@@ -102,10 +120,10 @@ void moe_route(const MoeRouteArgs &args) {
   const int64_t cost = args.experts * (args.top_k + 8);
   parallel_for(args.rows, (kElementsPerChunk + cost - 1) / cost, [&](int64_t begin, int64_t end) {
     const Scratch scratch((2 * padded + padded_size(args.groups)) * sizeof(float));
-    float *scores = scratch.as<float>(), *candidates = scores + padded, *worth = candidates + padded;
+    float *scores = scratch.as<float>(), *candidates = scores + padded, *groups = candidates + padded;
     for (int64_t r = begin; r < end; ++r) {
       score(args, args.logits + r * args.experts, padded, scores);
-      choose(args, scores, candidates, worth, args.out + r * 2 * args.top_k);
+      choose(args, scores, candidates, groups, args.out + r * 2 * args.top_k);
     }
   });
 }

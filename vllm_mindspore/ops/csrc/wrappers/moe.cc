@@ -8,28 +8,30 @@ namespace {
 
 struct MoeRouteOp {
   static constexpr const char *kName = "moe_route";
-  static constexpr int kTensors = 2;
-  enum { kLogits, kBias };
+  static constexpr int kTensors = 3;
+  enum { kLogits, kBias, kExpertScale };
   Scoring scoring;
-  bool renormalize;
+  bool renormalize, balanced;
   int64_t top_k, groups, topk_groups;
   float scale;
 
   explicit MoeRouteOp(const Attributes &a)
-      : scoring(Scoring::softmax), renormalize(a.flag("renormalize")), top_k(a.integer("top_k")),
-        groups(a.integer("num_expert_group")), topk_groups(a.integer("topk_group")), scale(a.number("scale")) {
+      : scoring(Scoring::softmax), renormalize(a.flag("renormalize")), balanced(a.flag("balanced")),
+        top_k(a.integer("top_k")), groups(a.integer("num_expert_group")), topk_groups(a.integer("topk_group")), scale(a.number("scale")) {
     const std::string text = a.text("scoring");
     if (text == "sigmoid") scoring = Scoring::sigmoid;
     require(text == "softmax" || text == "sigmoid", "unknown scoring '", text, "'");
     require(top_k >= 1, "top_k: ", top_k, ", expected 1 or more");
     require(groups >= 1 && topk_groups >= 1 && topk_groups <= groups, "topk_group: ", topk_groups, " of ", groups,
             " groups");
+    require(!balanced || top_k % topk_groups == 0, "balanced: top_k ", top_k, " of ", topk_groups, " groups");
   }
 
   Shape infer(const Inputs &in) const {
     require_rank(in[kLogits], 2, "logits");
     const int64_t experts = in[kLogits].dim(1);
     require_vector(in[kBias], experts, "bias and experts");
+    require_vector(in[kExpertScale], experts, "expert_scale and experts");
     require(experts < 0 || experts % groups == 0, experts, " experts do not divide into ", groups, " groups");
     require(experts < 0 || top_k <= experts / groups * topk_groups, "top_k: ", top_k, " of ",
             experts / groups * topk_groups, " experts");
@@ -39,8 +41,10 @@ struct MoeRouteOp {
   void run(const Inputs &in, void *out) const {
     require_f32(in[kLogits], "logits");
     require_float(in[kBias], "bias");
-    moe_route({in[kLogits].as<float>(), in[kBias].weight(), static_cast<float *>(out), in[kLogits].dim(0),
-               in[kLogits].dim(1), top_k, scoring, renormalize, groups, topk_groups, scale});
+    require_float(in[kExpertScale], "expert_scale");
+    moe_route({in[kLogits].as<float>(), in[kBias].weight(), in[kExpertScale].weight(), static_cast<float *>(out),
+               in[kLogits].dim(0), in[kLogits].dim(1), top_k, scoring, renormalize, groups, topk_groups, balanced,
+               scale});
   }
 };
 
