@@ -14,6 +14,7 @@ from vllm_mindspore.graph_passes import (
     fuse_moe,
     fuse_norm,
     fuse_residual,
+    fuse_rms_norm,
     fuse_rotary,
     merge_duplicates,
     select_rows,
@@ -24,6 +25,7 @@ from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassRepo
 PASSES: list[GraphPass] = [
     GraphPass("drop_noops", drop_noops.run),
     GraphPass("merge_duplicates", merge_duplicates.run),
+    GraphPass("fuse_rms_norm", fuse_rms_norm.run),
     GraphPass("fuse_rotary", fuse_rotary.run),
     GraphPass("drop_batch", drop_batch.run),
     GraphPass("fuse_attention", fuse_attention.run),

@@ -42,7 +42,7 @@ def run(graph: Graph) -> int:
 def _fuse(graph: Graph, attention: Node) -> bool:
     values = arguments(attention)
     writes = [user for user in values["kv_cache"].users if is_call(user, operator("kv_write"))]
-    if len(writes) != 1 or not writes[0] < attention:
+    if len(writes) != 1 or not writes[0] < attention or values["sink_kv"] is not None:
         return False
     write = arguments(writes[0])
     branches = [_branch(values["query"]), _branch(write["key"]), _branch(write["value"])]
@@ -92,8 +92,9 @@ def _is_qkv(branches: list[_Branch | None], values: dict[str, object]) -> bool:
         return False
     row = q.split.args[0].meta["val"]
     parts = [part.shape[-1] for part in q.split.meta["val"]]
-    q_size, kv_size = (values[heads] * values["head_size"] for heads in ("num_heads", "num_kv_heads"))
-    if row.dim() != 2 or parts != [q_size, kv_size, kv_size]:
+    head_size, kv_heads = values["head_size"], values["num_kv_heads"]
+    value_size = values["kv_cache"].meta["val"].shape[-1] - head_size
+    if row.dim() != 2 or parts != [values["num_heads"] * head_size, kv_heads * head_size, kv_heads * value_size]:
         return False
     return v.rotary is None and v.norm is None and same_rotary(q.rotary, k.rotary) and _same_norm(q, k, values)
 

@@ -158,7 +158,7 @@ def attention(qkv, positions, cos_sin, g, cache, slots, table, start, lens, *, n
         k = own.rotary(positions, k, cos_sin, HEAD, HEAD, True)
     own.kv_write(cache, k.view(-1, KV_HEADS, HEAD), v.view(-1, KV_HEADS, HEAD), slots)
     return own.paged_attention(
-        q.view(-1, HEADS, HEAD), cache, table, start, lens, None, None, HEADS, KV_HEADS, HEAD, 0.3, 16, 5, 2.0
+        q.view(-1, HEADS, HEAD), cache, table, start, lens, None, None, None, HEADS, KV_HEADS, HEAD, 0.3, 16, 5, 2.0
     )
 
 

@@ -40,7 +40,7 @@ OUTPUT = ("o_proj", "down_proj", "out_proj", "fc2", "c_proj", ".dense.", "dense_
 UNGATED_DOWN = ("fc2", "mlp.c_proj", "dense_4h_to_h")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 POSITIONS = ("embed_positions", "wpe")
-CORRECTION_BIAS = "e_score_correction_bias"  # of a router: a buffer, or a parameter that does not train
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # of a router: a buffer, or an untrained parameter
 EXPERT_SCALE = "router_scale"
 MAX_PROMPT = 151
 

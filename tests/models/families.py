@@ -8,6 +8,7 @@ prompts, scaled rotary embeddings whose scaling already matters at position 64.
 
     hf        Hugging Face's own class, from the same checkpoint
     hf-as X   the hub ships only remote code: the same weights under the names of X, an equivalent in-tree class
+    … with Y  the same, with Y added to X in `pangu_models.py`: Hugging Face has no equivalent
     hf+alibi  Hugging Face's class with the ALiBi bias computed in float32 (Falcon's own rounds it to bfloat16), or
               LlamaForCausalLM with rotary switched off and an ALiBi mask (Baichuan 13B)
     paper, float64  no implementation is public that could be installed: one written from the paper, in float64
@@ -17,8 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
-    DeepseekV2Config,
-    DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
@@ -39,8 +38,11 @@ from transformers import (
 
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .hub_families import HUB_FAMILIES
+from .latent_families import LATENT_FAMILIES
 from .moe_families import MOE_FAMILIES
+from .pangu_families import PANGU_FAMILIES
 from .parallel_families import PARALLEL_FAMILIES
+from .sigmoid_moe_families import SIGMOID_MOE_FAMILIES
 
 
 def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
@@ -349,90 +351,8 @@ _GPTS = [
     ),
 ]
 
-DENSE = dict(n_routed_experts=0, first_k_dense_replace=3)  # every layer
-EXPERTS = dict(
-    n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, moe_intermediate_size=41, n_shared_experts=2,
-    first_k_dense_replace=1,
-)  # fmt: skip
-LATENT = dict(qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=28)
-DEEPSEEK_ROPE = rope(
-    "yarn", factor=8.0, original_max_position_embeddings=64, mscale=0.9, mscale_all_dim=0.7, beta_fast=32, beta_slow=1
-)
-
-_LATENTS = [
-    Family(
-        "deepseek-v2-lite",
-        "DeepseekV2ForCausalLM",
-        make(DeepseekV2Config, **dims(120, 5, 5, 231), **LATENT, **DENSE, kv_lora_rank=48, q_lora_rank=None),
-        "DeepseekV2ForCausalLM",
-        notes="multi-head latent attention, queries projected at once, 5 heads",
-    ),
-    Family(
-        "deepseek-v2",
-        "DeepseekV2ForCausalLM",
-        make(
-            DeepseekV2Config,
-            **dims(136, 4, 4, 219),
-            **{**LATENT, "qk_rope_head_dim": 32},
-            **DENSE,
-            kv_lora_rank=64,
-            q_lora_rank=52,
-        ),
-        "DeepseekV2ForCausalLM",
-        notes="multi-head latent attention, queries through a latent of their own; sizes that bf16 dot products take",
-    ),
-    Family(
-        "deepseek-v3",
-        "DeepseekV3ForCausalLM",
-        make(
-            DeepseekV3Config,
-            **dims(144, 6, 6, 243),
-            **{**LATENT, "qk_rope_head_dim": 16, "v_head_dim": 20},
-            **DENSE,
-            kv_lora_rank=40,
-            q_lora_rank=36,
-            rope_parameters=DEEPSEEK_ROPE,
-        ),
-        "DeepseekV3ForCausalLM",
-        notes="multi-head latent attention with DeepSeek's YaRN, whose scale enters rotary table and softmax",
-    ),
-    Family(
-        "deepseek-v2-moe",
-        "DeepseekV2ForCausalLM",
-        make(
-            DeepseekV2Config,
-            **dims(120, 5, 5, 231),
-            **LATENT,
-            **EXPERTS,
-            kv_lora_rank=48,
-            q_lora_rank=None,
-            topk_method="group_limited_greedy",
-            routed_scaling_factor=1.5,
-        ),
-        "DeepseekV2ForCausalLM",
-        notes="latent attention and experts: softmax, the best two of four groups, two shared experts",
-        seed=1,  # with 0, bf16 decides a tie of experts the other way
-    ),
-    Family(
-        "deepseek-v3-moe",
-        "DeepseekV3ForCausalLM",
-        make(
-            DeepseekV3Config,
-            **dims(144, 6, 6, 243),
-            **{**LATENT, "qk_rope_head_dim": 16, "v_head_dim": 20},
-            **EXPERTS,
-            kv_lora_rank=40,
-            q_lora_rank=36,
-            topk_method="noaux_tc",
-            scoring_func="sigmoid",
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
-        ),
-        "DeepseekV3ForCausalLM",
-        notes="latent attention and experts: sigmoid, correction bias, the best two of four groups",
-    ),
-]
-
-_ALL = (*_LLAMAS, *_GEMMAS, *_GPTS, *_LATENTS, *HUB_FAMILIES, *MOE_FAMILIES)
+_DENSE = (*_LLAMAS, *_GEMMAS, *_GPTS)
+WITH_EXPERTS = (*MOE_FAMILIES, *SIGMOID_MOE_FAMILIES, *PANGU_FAMILIES)
+_ALL = (*_DENSE, *LATENT_FAMILIES, *HUB_FAMILIES, *WITH_EXPERTS)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 EVERY_FAMILY = {**FAMILIES, **PARALLEL_FAMILIES}

@@ -91,7 +91,7 @@ def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def _rename(state: State, names: dict[str, str]) -> State:
+def rename(state: State, names: dict[str, str]) -> State:
     """Replaces substrings of tensor names, in order."""
     renamed = {}
     for name, tensor in state.items():
@@ -101,7 +101,7 @@ def _rename(state: State, names: dict[str, str]) -> State:
     return renamed
 
 
-def _pack(state: State, packed_name: str, pack: Callable[..., torch.Tensor]) -> State:
+def pack(state: State, packed_name: str, pack: Callable[..., torch.Tensor]) -> State:
     """Replaces each layer's q_proj, k_proj and v_proj by one tensor called `packed_name`."""
     out = {}
     for name, tensor in state.items():
@@ -132,7 +132,7 @@ def _internlm2_tensors(state: State, config: PreTrainedConfig) -> State:
         "input_layernorm": "attention_norm",
         "post_attention_layernorm": "ffn_norm",
     }
-    return _rename(_pack(state, "wqkv", group), names)
+    return rename(pack(state, "wqkv", group), names)
 
 
 def _exaone3_tensors(state: State, config: PreTrainedConfig) -> State:
@@ -148,7 +148,7 @@ def _exaone3_tensors(state: State, config: PreTrainedConfig) -> State:
         "input_layernorm": "ln_1",
         "post_attention_layernorm": "ln_2",
     }
-    return _rename(state, names)
+    return rename(state, names)
 
 
 def _exaone3_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -215,5 +215,5 @@ BAICHUAN = HubFormat(
     "baichuan",
     "BaiChuanConfig",
     _llama_fields,
-    lambda state, config: _pack(state, "W_pack", lambda q, k, v: torch.cat([q, k, v])),
+    lambda state, config: pack(state, "W_pack", lambda q, k, v: torch.cat([q, k, v])),
 )

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models import checkpoints
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, WITH_EXPERTS
 from tests.models.family import TOKENIZER_SIZE
-from tests.models.moe_families import MOE_FAMILIES
+from tests.models.latent_families import LATENT_FAMILIES
 from tests.models.reference import MAX_TOKENS, PROMPTS, one_thread, reference
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +118,13 @@ FEATURES = [
         for field, value in {"routed_scaling_factor": 1.0, "norm_topk_prob": False, "topk_group": 4}.items()
     ),
     ("qwen3-moe", "norm_topk_prob", _set(norm_topk_prob=False)),
+    *((name, "rope scaling", _rope_off) for name in ("deepseek-r1", "kimi-k2", "axk1")),
+    *((name, "one expert more", _set(num_experts_per_tok=4)) for name in ("kimi-k2", "minimax-m2", "pangu-pro-moe-v2")),
+    *((name, "scaling factor", _set(routed_scaling_factor=1.0)) for name in ("pangu-ultra-moe", "glm46-moe", "ling2")),
+    ("minimax-m2", "partial rotary", lambda c: c.rope_parameters.update(partial_rotary_factor=1.0)),
+    *((name, "sliding window", _set(sliding_window=4096)) for name in ("exaone-moe", "afmoe", "mimo-v2-flash")),
+    ("mimo-v2-flash", "scale of values", _set(attention_value_scale=1.0)),
+    ("afmoe", "scale of embeddings", _set(mup_enabled=False)),
     ("gpt-oss", "one expert more", _set(num_experts_per_tok=3)),
     ("pangu-pro-moe", "groups", _set(n_group=1)),
     ("pangu-pro-moe", "scale of each expert", _set(scale_experts=False)),
@@ -140,6 +147,18 @@ def test_leaving_a_feature_out_is_visible(name, feature, change):
     with torch.no_grad(), one_thread():
         logits = model.eval()(torch.tensor([PROMPTS[-1]]), use_cache=False).logits[0]
     assert (logits - expected.logits(PROMPTS[-1])).abs().max() > 1e-2, feature
+
+
+@pytest.mark.parametrize("part", ["param_sink_key", "param_sink_value"])
+def test_learned_keys_and_values_are_visible(part):
+    expected = reference("pangu-pro-moe-v2")
+    with_sinks, model = expected.logits(PROMPTS[-1]), expected._model(torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            getattr(layer.self_attn, part).mul_(-1)
+    changed = expected.logits(PROMPTS[-1], torch.float64)
+    expected._models.pop(torch.float64)
+    assert (changed - with_sinks).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama2", "internlm2", "gpt2"])
@@ -180,8 +199,8 @@ def test_processes_that_write_at_once_share_one_whole_checkpoint(tmp_path):
 def test_model_classes_in_plain_pytorch_equal_the_references():
     """Every tensor name, configuration field and formula, before any MindSpore is involved."""
     # vLLM's layers of experts and of latent attention have no plain PyTorch form
-    others = {family.name for family in MOE_FAMILIES}
-    dense = [name for name, family in FAMILIES.items() if name not in others and "Deepseek" not in family.architecture]
+    others = {family.name for family in (*LATENT_FAMILIES, *WITH_EXPERTS)}
+    dense = [name for name in FAMILIES if name not in others]
     run = subprocess.run(
         [sys.executable, "-m", "tests.models.eager", *dense], cwd=ROOT, capture_output=True, text=True, timeout=500
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import mindspore as ms
@@ -25,10 +26,12 @@ def stored(array, dtype):
     return tensor(array, dtype).astype(ms.float32).asnumpy()
 
 
-def run(query, step, num_heads, dtype="float32", scale=None, sliding_window=0, soft_cap=0.0, sinks=None, alibi=None):
-    _, num_kv_heads, width = step.kv_cache.shape
-    head_size = width // 2
-    optional = {"sinks": sinks, "alibi_slopes": alibi}
+def run(
+    query, step, num_heads, dtype="float32", scale=None, sliding_window=0, soft_cap=0.0, sinks=None, alibi=None,
+    sink_kv=None,
+):  # fmt: skip
+    num_kv_heads, head_size = step.kv_cache.shape[1], int(np.prod(query.shape[1:])) // num_heads
+    optional = {"sinks": sinks, "alibi_slopes": alibi, "sink_kv": sink_kv}
     present = tuple(name for name, value in optional.items() if value is not None)
     op = registry.build(
         "paged_attention",
@@ -44,11 +47,12 @@ def run(query, step, num_heads, dtype="float32", scale=None, sliding_window=0, s
     )
     tensors = [tensor(query), tensor(step.kv_cache, dtype)]
     tensors += [tensor(t) for t in (step.block_table, step.query_start_loc, step.seq_lens)]
-    return op(*tensors, *(tensor(optional[name]) for name in present)).asnumpy()
+    types = {"sink_kv": dtype}  # as the cache
+    return op(*tensors, *(tensor(optional[name], types.get(name)) for name in present)).asnumpy()
 
 
-def make(rng, requests, num_heads, num_kv_heads, head_size, block_size=16, dtype="float32"):
-    step = reference.make_step(rng, requests, block_size, num_kv_heads, head_size)
+def make(rng, requests, num_heads, num_kv_heads, head_size, block_size=16, dtype="float32", value_size=None):
+    step = reference.make_step(rng, requests, block_size, num_kv_heads, head_size, value_size=value_size)
     step.kv_cache = stored(step.kv_cache, dtype)
     query = rng.standard_normal((step.num_tokens, num_heads, head_size)).astype(np.float32)
     return step, query
@@ -86,6 +90,59 @@ def test_equal_to_float64(head_size, heads, block_size, dtype, window, soft_cap,
     out = run(query, step, num_heads, dtype, **features)
     atol = max(2e-6, reference.rounding(dtype, head_size))
     np.testing.assert_allclose(out, expect(query, step, **features), atol=atol, rtol=1e-5)
+
+
+VALUE_SIZES = [(192, 128), (64, 32), (96, 33), (33, 20), (20, 16), (16, 1), (2, 1), (128, 80)]
+
+
+@pytest.mark.parametrize("head_size,value_size", VALUE_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,window", [((8, 2), 0), ((16, 1), 17), ((3, 3), 0)])
+def test_values_narrower_than_keys_equal_to_float64(head_size, value_size, dtype, heads, window):
+    num_heads, num_kv_heads = heads
+    rng = np.random.default_rng(head_size * num_heads)
+    step, query = make(rng, STEP, num_heads, num_kv_heads, head_size, 16, dtype, value_size)
+    out = run(query, step, num_heads, dtype, sliding_window=window)
+    atol = max(2e-6, reference.rounding(dtype, head_size, value_size))
+    np.testing.assert_allclose(out, expect(query, step, sliding_window=window), atol=atol, rtol=1e-5)
+
+
+def learned(rng, num_sinks, num_kv_heads, width, dtype):
+    return stored(rng.standard_normal((num_sinks, num_kv_heads, width)).astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("head_size,heads", [(64, (8, 2)), (32, (3, 3)), (192, (16, 1)), (33, (6, 2)), (1, (4, 1))])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_sinks,block_size", [(1, 16), (13, 7), (128, 16), (700, 32)])
+def test_learned_keys_and_values_equal_to_float64(head_size, heads, dtype, num_sinks, block_size):
+    num_heads, num_kv_heads = heads
+    rng = np.random.default_rng(head_size * num_heads + num_sinks)
+    step, query = make(rng, STEP, num_heads, num_kv_heads, head_size, block_size, dtype)
+    features = {"sink_kv": learned(rng, num_sinks, num_kv_heads, 2 * head_size, dtype)}
+    if num_sinks == 13:
+        features |= {"soft_cap": 20.0, "sinks": rng.standard_normal(num_heads).astype(np.float32)}
+    out = run(query, step, num_heads, dtype, **features)
+    atol = max(2e-6, reference.rounding(dtype, head_size))
+    np.testing.assert_allclose(out, expect(query, step, **features), atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_learned_keys_give_the_bits_of_the_same_keys_in_the_cache(dtype):
+    """A request that begins with them, alone and cut into chunks."""
+    rng = np.random.default_rng(4)
+    sinks, requests = 37, [(66, 500), (1, 900)]
+    step, query = make(rng, requests, 4, 2, 64, dtype=dtype)
+    sink_kv = learned(rng, sinks, 2, 128, dtype)
+    longer = reference.make_step(rng, [(n, sinks + length) for n, length in requests], 16, 2, 64)
+    for request, (_, length) in enumerate(requests):
+        longer.kv_cache[longer.slots(request, 0, sinks)] = sink_kv
+        longer.kv_cache[longer.slots(request, sinks, sinks + length)] = step.kv_cache[step.slots(request, 0, length)]
+    out = run(query, step, 4, dtype, sink_kv=sink_kv)
+    assert np.array_equal(out, run(query, longer, 4, dtype))
+    first = dataclasses.replace(
+        step, query_start_loc=np.array([0, 20, 20], np.int32), seq_lens=np.array([454, 900], np.int32)
+    )
+    assert np.array_equal(out[:20], run(query[:20], first, 4, dtype, sink_kv=sink_kv))
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0, 1e4])
@@ -279,3 +336,23 @@ def test_impossible_attributes_are_rejected(change):
     }  # fmt: skip
     with pytest.raises(ValueError, match=next(iter(change))):
         registry.build("paged_attention", "cpu", (), **{**attributes, **change})
+
+
+@pytest.mark.parametrize("present,window", [(("alibi_slopes", "sink_kv"), 0), (("sink_kv",), 5)])
+def test_learned_keys_have_no_position(present, window):
+    attributes = dict(num_heads=4, num_kv_heads=2, head_size=64, scale=1.0, block_size=16, soft_cap=0.0)
+    with pytest.raises(ValueError, match="a sink has no position"):
+        registry.build("paged_attention", "cpu", present, **attributes, sliding_window=window)
+
+
+def test_learned_keys_of_another_type_than_the_cache_are_refused(capfd):
+    rng = np.random.default_rng(5)
+    step, query = make(rng, [(1, 5)], 4, 2, 64)
+    op = registry.build(
+        "paged_attention", "cpu", ("sink_kv",), num_heads=4, num_kv_heads=2, head_size=64, scale=1.0, block_size=16,
+        sliding_window=0, soft_cap=0.0,
+    )  # fmt: skip
+    tensors = [tensor(t) for t in (query, step.kv_cache, step.block_table, step.query_start_loc, step.seq_lens)]
+    with pytest.raises(RuntimeError):
+        op(*tensors, tensor(learned(rng, 3, 2, 128, "float32"), "bfloat16")).asnumpy()
+    assert "sink_kv: must have the type of kv_cache" in capfd.readouterr().err

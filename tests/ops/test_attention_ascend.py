@@ -84,6 +84,20 @@ def test_paged_attention(dtype, rank):
     assert "PagedAttention" in graph
 
 
+def test_values_narrower_than_keys():
+    cache = zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_SIZE + 96, dtype=ms.bfloat16)
+    key, value = (zeros(TOKENS, KV_HEADS * size) for size in (HEAD_SIZE, 96))
+    assert "ReshapeAndCache" in export(registry.build("kv_write", "ascend"), cache, key, value, slots())
+    query = zeros(TOKENS, HEADS * HEAD_SIZE)
+    attend = registry.build("paged_attention", "ascend", (), **ATTENTION)
+    assert "PagedAttention" in export(attend, query, cache, *step())
+    fused = registry.build("qkv_attention", "ascend", ("cos_sin",), **QKV)
+    qkv = zeros(TOKENS, (HEADS + KV_HEADS) * HEAD_SIZE + KV_HEADS * 96)
+    assert {"ReshapeAndCache", "PagedAttention"} <= export(
+        fused, qkv, slots(), zeros(50, HEAD_SIZE), cache, slots(), *step()
+    )
+
+
 def test_float32_cache_is_refused_by_the_primitive():
     op = registry.build("paged_attention", "ascend", (), **ATTENTION)
     with pytest.raises(TypeError, match="key_cache.*must be a type of"):
@@ -92,12 +106,20 @@ def test_float32_cache_is_refused_by_the_primitive():
 
 @pytest.mark.parametrize(
     "present,change",
-    [((), {"soft_cap": 30.0}), ((), {"sliding_window": 64}), (("sinks",), {}), (("alibi_slopes",), {})],
+    [
+        ((), {"soft_cap": 30.0}),
+        ((), {"sliding_window": 64}),
+        (("sinks",), {}),
+        (("alibi_slopes",), {}),
+        (("sink_kv",), {}),
+    ],
 )
 def test_what_paged_attention_cannot_express_is_named(present, change):
     name = present[0] if present else next(iter(change))
     with pytest.raises(UnsupportedOperator, match=name):
         registry.build("paged_attention", "ascend", present, **{**ATTENTION, **change})
+    if name == "sink_kv":
+        return  # qkv_attention has none
     with pytest.raises(UnsupportedOperator, match=name):
         registry.build("qkv_attention", "ascend", present, **{**QKV, **change})
 

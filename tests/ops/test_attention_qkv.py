@@ -245,7 +245,7 @@ def test_in_a_torch_graph_with_a_symbolic_number_of_tokens():
         query = ops.rotary(positions, query, cos_sin, 8, 8, True)
         ops.kv_write(cache, key, value, slots)
         state = (block_table, query_start_loc, seq_lens)
-        out = ops.paged_attention(query, cache, *state, None, None, 4, 2, 8, 1.0, 16, 0, 0.0)
+        out = ops.paged_attention(query, cache, *state, None, None, None, 4, 2, 8, 1.0, 16, 0, 0.0)
         attributes = (4, 2, 8, 1.0, 16, 0, 0.0, 8, True, 1e-6, 0.0, "")
         return out + ops.qkv_attention(
             qkv, positions, cos_sin, None, None, cache, slots, *state, None, None, *attributes

@@ -34,11 +34,15 @@ def write(cache, key, value, slots):
 
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("dtype", TORCH)
-@pytest.mark.parametrize("kv_heads,head_size", [(2, 64), (1, 20), (3, 33), (8, 128), (1, 1)])
-def test_written_as_torch_rounds(kv_heads, head_size, dtype, rank):
+@pytest.mark.parametrize(
+    "kv_heads,head_size,value_size",
+    [(2, 64, 64), (1, 20, 20), (3, 33, 33), (8, 128, 128), (1, 1, 1), (2, 192, 128), (3, 33, 20)],
+)
+def test_written_as_torch_rounds(kv_heads, head_size, value_size, dtype, rank):
     rng = np.random.default_rng(head_size)
-    cache = torch.from_numpy(rng.standard_normal((50, kv_heads, 2 * head_size))).to(TORCH[dtype])
-    key, value = (rng.standard_normal((9, kv_heads, head_size)).astype(np.float32) for _ in range(2))
+    cache = torch.from_numpy(rng.standard_normal((50, kv_heads, head_size + value_size))).to(TORCH[dtype])
+    sizes = head_size, value_size
+    key, value = (rng.standard_normal((9, kv_heads, size)).astype(np.float32) for size in sizes)
     key[0, 0, 0], value[1, 0, 0], value[2, 0, 0] = np.inf, np.nan, 1e-7
     slots = rng.permutation(50)[:9]
     slots[[3, 5]] = -1
@@ -46,8 +50,9 @@ def test_written_as_torch_rounds(kv_heads, head_size, dtype, rank):
     for token, slot in enumerate(slots):
         if slot >= 0:
             want[slot] = torch.from_numpy(np.concatenate([key[token], value[token]], -1)).to(TORCH[dtype])
-    shape = (9, -1) if rank == 2 else key.shape
-    write(cache, key.reshape(shape), value.reshape(shape), slots)
+    if rank == 2:
+        key, value = key.reshape(9, -1), value.reshape(9, -1)
+    write(cache, key, value, slots)
     torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
 
 

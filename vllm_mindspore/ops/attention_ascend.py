@@ -1,11 +1,11 @@
 """Rotary, KV cache and attention on Ascend: cells of MindSpore's primitives. Checked by export, never run by our tests.
 
 Our cache keeps the key and the value of a slot side by side, MindSpore's primitives want them as two tensors. So a row
-of 2 * head_size is written as one long key, and attention runs with queries extended by zeros against that row as both
-key and value; the second half of its result is the answer. Exact, at twice the arithmetic of separate caches.
+of both is written as one long key, and attention runs with queries extended by zeros against that row as both key and
+value; the end of its result, as long as a value, is the answer. Exact, at twice the arithmetic of separate caches.
 
-The cache may be [num_blocks, block_size, num_kv_heads, 2 * head_size], as the primitives take it (preferred: writing
-in place does not then depend on a reshape being a view), or [num_slots, num_kv_heads, 2 * head_size]. bfloat16 or
+The cache may be [num_blocks, block_size, num_kv_heads, head_size + value_size], as the primitives take it (preferred:
+writing in place does not then depend on a reshape being a view), or with one dimension of slots instead. bfloat16 or
 float16; the primitives refuse float32. A context must fit the primitives' own limits (head size, block size).
 """
 
@@ -66,14 +66,15 @@ class KvWrite(nn.Cell):
 
     def construct(self, kv_cache, key, value, slot_mapping):
         cache = blocked(kv_cache, 1)
-        shape = (slot_mapping.shape[0], cache.shape[-2], cache.shape[-1] // 2)
+        heads, width = cache.shape[-2], cache.shape[-1]
+        shape = (slot_mapping.shape[0], heads, -1)
         rows = ops.concat((ops.reshape(key, shape), ops.reshape(value, shape)), -1)
-        rows = ops.cast(ops.reshape(rows, (shape[0], -1)), cache.dtype)
+        rows = ops.cast(ops.reshape(rows, (shape[0], heads * width)), cache.dtype)
         return self.write(rows, None, cache, None, ops.cast(slot_mapping, ms_int32))
 
 
 class PagedAttention(nn.Cell):
-    """query [T, num_heads * head_size] or rank 3; result [T, num_heads * head_size]."""
+    """query [T, num_heads * head_size] or rank 3; result [T, num_heads * value_size]."""
 
     def __init__(self, given, num_heads, num_kv_heads, head_size, scale, block_size, sliding_window, soft_cap):
         super().__init__()
@@ -82,6 +83,7 @@ class PagedAttention(nn.Cell):
             "soft_cap": soft_cap > 0,
             "sinks": "sinks" in given,
             "alibi_slopes": "alibi_slopes" in given,
+            "sink_kv": "sink_kv" in given,
         }
         for name, value in used.items():
             if value:
@@ -96,11 +98,13 @@ class PagedAttention(nn.Cell):
         tokens = query.shape[0]
         cache = blocked(kv_cache, self.block_size)
         heads = ops.cast(ops.reshape(query, (tokens, self.num_heads, self.head_size)), cache.dtype)
-        extended = ops.reshape(ops.concat((heads, ops.zeros_like(heads)), -1), (tokens, -1))
+        width = cache.shape[-1]
+        zeros = ops.zeros_like(heads[..., : width - self.head_size])  # values are not wider than keys
+        extended = ops.reshape(ops.concat((heads, zeros), -1), (tokens, -1))
         query_lens = query_start_loc[1:] - query_start_loc[:-1]
         out = self.attend(extended, cache, cache, block_table, seq_lens, None, None, None, query_lens, None)
-        out = ops.reshape(out, (tokens, self.num_heads, 2 * self.head_size))[..., self.head_size :]
-        out = ops.cast(ops.reshape(out, (tokens, self.num_heads * self.head_size)), ms_float32)
+        out = ops.reshape(out, (tokens, self.num_heads, width))[..., self.head_size :]
+        out = ops.cast(ops.reshape(out, (tokens, self.num_heads * (width - self.head_size))), ms_float32)
         owned = ops.expand_dims(ops.arange(tokens) < query_start_loc[-1], -1)
         return ops.select(owned, out, ops.zeros_like(out))  # tokens of no request
 
@@ -117,7 +121,7 @@ class QkvAttention(nn.Cell):
         self.head_size = head_size
         self.norm = norm
         self.rotated = "cos_sin" in given
-        self.widths = (num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size)
+        self.widths = (num_heads * head_size, num_kv_heads * head_size)
         self.rms = RmsNorm(("x", "weight"), norm_eps, norm_offset)
         self.rotary = Rotary((), head_size, rotary_dim, neox)
         self.write = KvWrite(())
@@ -135,7 +139,8 @@ class QkvAttention(nn.Cell):
         return x
 
     def construct(self, *tensors):
-        query, key, value = ops.split(tensors[0], self.widths, 1)
+        queries, keys = self.widths
+        query, key, value = ops.split(tensors[0], (queries, keys, tensors[0].shape[1] - queries - keys), 1)
         query_norm = key_norm = None
         if self.norm != "":
             query_norm, key_norm = tensors[self.position["q_norm"]], tensors[self.position["k_norm"]]

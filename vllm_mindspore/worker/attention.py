@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 
@@ -72,7 +73,7 @@ class MindSporeAttentionImpl(AttentionImpl):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        """key, value: [num_tokens, num_kv_heads, head_size]; slot_mapping: [num_tokens] int64."""
+        """key: [num_tokens, num_kv_heads, head_size], value alike of its size; slot_mapping: [num_tokens] int64."""
         torch.ops.vllm_ms.kv_write(kv_cache, key, value, slot_mapping)
 
     def forward(
@@ -87,7 +88,7 @@ class MindSporeAttentionImpl(AttentionImpl):
         output_scale=None,
         output_block_scale=None,
     ) -> torch.Tensor:
-        """query, output: [num_tokens, num_heads, head_size]. Writes `output` and returns it."""
+        """query: [num_tokens, num_heads, head_size]. Writes `output`, alike of a value's size, and returns it."""
         result = torch.ops.vllm_ms.paged_attention(
             query,
             kv_cache,
@@ -96,6 +97,7 @@ class MindSporeAttentionImpl(AttentionImpl):
             attn_metadata.seq_lens,
             self.sinks,
             self.alibi_slopes,
+            getattr(layer, "sink_kv", None),
             self.num_heads,
             self.num_kv_heads,
             self.head_size,
@@ -108,7 +110,7 @@ class MindSporeAttentionImpl(AttentionImpl):
 
 
 class MindSporeAttentionBackend(AttentionBackend):
-    """Paged attention of mixed prefill and decode; a slot of the cache is one row [num_kv_heads, 2 * head_size]."""
+    """Paged attention of mixed prefill and decode; a slot of the cache is [num_kv_heads, head_size + value_size]."""
 
     supported_dtypes = [torch.float32, torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
@@ -141,3 +143,20 @@ class MindSporeAttentionBackend(AttentionBackend):
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         return True
+
+    @classmethod
+    def is_supported_on_current_device(cls, **attention) -> bool:
+        """Asked by models whose values are narrower than their keys, of the backend that vLLM has for that."""
+        return True
+
+    @classmethod
+    def set_head_size_v(cls, head_size_v: int) -> None:
+        """Nothing: a layer's cache says how wide its values are."""
+
+
+def register() -> None:
+    """Models that name vLLM's backend for values narrower than keys get this one."""
+    register_backend(
+        AttentionBackendEnum.FLASH_ATTN_DIFFKV,
+        f"{MindSporeAttentionBackend.__module__}.{MindSporeAttentionBackend.__qualname__}",
+    )

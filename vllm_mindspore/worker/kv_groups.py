@@ -2,19 +2,44 @@
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_mindspore import compat
+from vllm_mindspore.config import UnsupportedOptionError
 from vllm_mindspore.worker.model_capture import attention_layers, cache_owner
+
+SERVED = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
 
 
 def specs_of_model(vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
-    """The KV cache specification of every attention layer that has a cache of its own."""
+    """The KV cache specification of every attention layer that has a cache of its own.
+
+    Raises:
+        UnsupportedOptionError: a layer attends in a way that no operator has, and that only its specification shows.
+    """
     layers = attention_layers(vllm_config)
     owners: dict[str, AttentionLayerBase] = {
         name: layer for name, layer in layers.items() if cache_owner(name, layers) == name
     }
-    return {name: layer.get_kv_cache_spec(vllm_config) for name, layer in owners.items()}
+    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in owners.items()}
+    for name, spec in specs.items():
+        _refuse(name, spec)
+    return specs
+
+
+def _refuse(layer_name: str, spec: KVCacheSpec) -> None:
+    found = type(spec).__name__ if type(spec) not in SERVED else ""
+    if not found and not isinstance(spec, MLAAttentionSpec) and spec.head_size_v > spec.head_size:
+        found = f"values of {spec.head_size_v} with keys of {spec.head_size}"
+    if found:
+        supported = "full attention, sliding windows and latent attention, with values that are not wider than keys"
+        raise UnsupportedOptionError(f"the attention of {layer_name}", found, supported, "Use another model.")
 
 
 def of_model(vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:

@@ -1,7 +1,8 @@
 """vLLM layers whose forward is replaced by one operator of ours, through `CustomOp.register_oot`.
 
 vLLM looks a replacement up by the layer's class name, so each class that shares a forward is registered by itself.
-Norms need nothing here: they reach the capture as `vllm_ir` operators. Mixtures of experts are in `moe.py`.
+Norms need nothing here: they reach the capture as `vllm_ir` operators. Mixtures of experts are in `moe.py`, attention
+with learned keys and values in `sink_attention.py`.
 """
 
 import torch
@@ -12,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import DeepseekScalingRotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_mindspore.worker import moe
+from vllm_mindspore.worker import attention, moe, sink_attention
 
 
 def _rotary(self, positions, query, key=None, offsets=None):
@@ -64,6 +65,13 @@ class MindSporeVocabParallelEmbedding(VocabParallelEmbedding):
         return tensor_model_parallel_all_reduce(rows) if self.reduce_results else rows
 
 
+REPLACEMENTS = {
+    **moe.REPLACEMENTS,
+    **sink_attention.REPLACEMENTS,
+    "VocabParallelEmbedding": MindSporeVocabParallelEmbedding,
+}
+
+
 def _rotary_classes() -> list[type]:
     """vLLM's rotary embeddings that differ only in their table: `RotaryEmbedding`'s forward, inherited or repeated."""
     classes = {RotaryEmbedding, DeepseekScalingRotaryEmbedding}
@@ -76,11 +84,12 @@ def _rotary_classes() -> list[type]:
 
 def register() -> None:
     """Register every replacement; idempotent, and before vLLM instantiates a model."""
+    attention.register()
     for cls in _rotary_classes():
         _register(cls, _rotary)
     for name, forward in ACTIVATIONS.items():
         _register(getattr(activation, name), forward)
-    for name, cls in {**moe.REPLACEMENTS, "VocabParallelEmbedding": MindSporeVocabParallelEmbedding}.items():
+    for name, cls in REPLACEMENTS.items():
         if name not in op_registry_oot:
             CustomOp.register_oot(cls, name=name)
 

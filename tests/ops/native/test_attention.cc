@@ -16,10 +16,12 @@ struct Request {
 };
 
 struct Options {
-  int64_t num_heads = 4, num_kv_heads = 2, head_size = 64, block_size = 16, window = 0;
+  int64_t num_heads = 4, num_kv_heads = 2, head_size = 64, value_size = 64, block_size = 16, window = 0;
   float soft_cap = 0;
   bool sinks = false, alibi = false;
   DType dtype = DType::f32;
+
+  int64_t row_size() const { return head_size + value_size; }
 };
 
 float as_bf16(float value) {
@@ -71,7 +73,7 @@ struct Step {
       for (int64_t i = 0; i * o.block_size < requests[r].length; ++i) table[r * max_blocks + i] = order[used++];
     }
     num_slots = blocks * o.block_size;
-    return random.normals(num_slots * o.num_kv_heads * 2 * o.head_size);
+    return random.normals(num_slots * o.num_kv_heads * o.row_size());
   }
 
   int64_t slot(int64_t request, int64_t position) const {
@@ -79,12 +81,12 @@ struct Step {
   }
 
   AttentionInputs inputs(std::vector<float> &out) {
-    out.assign(num_tokens * o.num_heads * o.head_size, NAN);
+    out.assign(num_tokens * o.num_heads * o.value_size, NAN);
     AttentionInputs in;
     in.query = query.data();
     in.query_stride = o.num_heads * o.head_size;
     in.num_tokens = num_tokens;
-    in.cache = {cache.data(), o.dtype, num_slots, o.num_kv_heads, o.head_size};
+    in.cache = {cache.data(), o.dtype, num_slots, o.num_kv_heads, o.head_size, o.value_size};
     in.block_table = table.data();
     in.num_requests = requests.size();
     in.max_blocks = max_blocks;
@@ -111,7 +113,7 @@ struct Step {
 
   double logit(int64_t request, int64_t token, int64_t head, int64_t position, int64_t key, bool rounded) const {
     const int64_t kv_head = head / (o.num_heads / o.num_kv_heads);
-    const int64_t row = (slot(request, key) * o.num_kv_heads + kv_head) * 2 * o.head_size;
+    const int64_t row = (slot(request, key) * o.num_kv_heads + kv_head) * o.row_size();
     double dot = 0;
     const float *q = query.data() + (token * o.num_heads + head) * o.head_size;
     for (int64_t d = 0; d < o.head_size; ++d) dot += (rounded ? as_bf16(q[d]) : q[d]) * cache[row + d];
@@ -123,7 +125,7 @@ struct Step {
 
   // rounded: queries are rounded to bf16.
   std::vector<double> reference(bool rounded) const {
-    std::vector<double> out(num_tokens * o.num_heads * o.head_size, 0.0);
+    std::vector<double> out(num_tokens * o.num_heads * o.value_size, 0.0);
     for (size_t r = 0; r < requests.size(); ++r) {
       for (int64_t i = 0; i < requests[r].queries; ++i) {
         const int64_t token = starts[r] + i, position = requests[r].length - requests[r].queries + i;
@@ -137,9 +139,9 @@ struct Step {
           for (double &x : logits) sum += x = std::exp(x - top);
           const int64_t kv_head = h / (o.num_heads / o.num_kv_heads);
           for (int64_t k = first; k <= position; ++k) {
-            const int64_t value = (slot(r, k) * o.num_kv_heads + kv_head) * 2 * o.head_size + o.head_size;
-            for (int64_t d = 0; d < o.head_size; ++d) {
-              out[(token * o.num_heads + h) * o.head_size + d] += logits[k - first] / sum * cache[value + d];
+            const int64_t value = (slot(r, k) * o.num_kv_heads + kv_head) * o.row_size() + o.head_size;
+            for (int64_t d = 0; d < o.value_size; ++d) {
+              out[(token * o.num_heads + h) * o.value_size + d] += logits[k - first] / sum * cache[value + d];
             }
           }
         }
@@ -152,14 +154,18 @@ struct Step {
 std::string describe(const Options &o) {
   std::ostringstream text;
   text << testing::dtype_name(o.dtype) << " heads " << o.num_heads << "/" << o.num_kv_heads << " size " << o.head_size
-       << " block " << o.block_size << " window " << o.window << " cap " << o.soft_cap << (o.sinks ? " sinks" : "")
-       << (o.alibi ? " alibi" : "");
+       << "+" << o.value_size << " block " << o.block_size << " window " << o.window << " cap " << o.soft_cap
+       << (o.sinks ? " sinks" : "") << (o.alibi ? " alibi" : "");
   return text.str();
+}
+
+bool in_products(const Options &o) {
+  return o.dtype == DType::bf16 && o.head_size % 32 == 0 && o.value_size % 32 == 0;
 }
 
 // In bf16 products weights have 16 bits on AMX tiles, and 8 in AVX-512; queries too, which the reference knows.
 double tolerance(const Options &o) {
-  if (o.dtype != DType::bf16 || o.head_size % 32 != 0) return 2e-6;
+  if (!in_products(o)) return 2e-6;
   return isa() == Isa::amx ? 4e-5 : isa() == Isa::avx512 ? 4e-3 : 2e-6;
 }
 
@@ -173,6 +179,8 @@ Options random_options(Random &random) {
   o.num_heads = heads[0];
   o.num_kv_heads = heads[1];
   o.head_size = kSizes[random.below(10)];
+  const int64_t narrower = kSizes[random.below(10)];
+  o.value_size = random.below(2) == 1 ? std::min(narrower, o.head_size) : o.head_size;
   o.block_size = kBlocks[random.below(5)];
   o.window = kWindows[random.below(6)];
   o.soft_cap = random.below(2) * 5.0f;
@@ -194,8 +202,7 @@ TEST(attention_equals_float64) {
     const Options o = random_options(random);
     const int length = 1 + random.below(700);
     Step step(random, o, {{3, 3}, {1, length}, {0, 5}, {static_cast<int>(1 + random.below(20)), length + 20}});
-    const bool products = o.dtype == DType::bf16 && o.head_size % 32 == 0;
-    const std::vector<double> exact = step.reference(false), rounded = products ? step.reference(true) : exact;
+    const std::vector<double> exact = step.reference(false), rounded = in_products(o) ? step.reference(true) : exact;
     testing::for_each_isa([&] {
       const double error = testing::max_error(step.run(), isa() == Isa::avx512 ? rounded : exact);
       CHECK(error < tolerance(o)) << describe(o) << " length " << length << ": error " << error;
@@ -216,7 +223,7 @@ TEST(attention_bits_do_not_depend_on_threads_or_chunks) {
         set_num_threads(n);
         CHECK(equal(whole.run(), alone)) << describe(o) << ", " << n << " threads";
       }
-      const int64_t width = o.num_heads * o.head_size;
+      const int64_t width = o.num_heads * o.head_size, result = o.num_heads * o.value_size;
       for (int begin = 0; begin < 90; begin += 37) {
         const int end = std::min(90, begin + 37);
         Step part = whole;
@@ -225,7 +232,7 @@ TEST(attention_bits_do_not_depend_on_threads_or_chunks) {
         part.starts = {0, end - begin};
         part.lengths = {1010 + end};
         part.query.assign(whole.query.begin() + begin * width, whole.query.begin() + end * width);
-        CHECK(testing::same_bits(part.run().data(), alone.data() + begin * width, (end - begin) * width))
+        CHECK(testing::same_bits(part.run().data(), alone.data() + begin * result, (end - begin) * result))
             << describe(o) << ", queries " << begin << " to " << end;
       }
     });
@@ -244,7 +251,7 @@ TEST(attention_ignores_unseen_slots) {
     std::vector<bool> seen(step.num_slots, false);
     for (int p = 31; p < 90; ++p) seen[step.slot(0, p)] = true;
     for (int p = 13; p < 33; ++p) seen[step.slot(1, p)] = true;
-    const int64_t row = o.num_kv_heads * 2 * o.head_size;
+    const int64_t row = o.num_kv_heads * o.row_size();
     for (int64_t s = 0; s < step.num_slots; ++s) {
       if (!seen[s]) std::fill_n(static_cast<float *>(dirty.cache.data()) + s * row, row, NAN);
     }
@@ -318,8 +325,8 @@ TEST(kv_write_and_rotary_equal_float64) {
         }
         testing::for_each_isa([&] {
           Stored cache(std::vector<float>(kSlots * width * 2, 0.0f), dtype);
-          kv_write({{cache.data(), dtype, kSlots, kHeads, size}, key.data(), width, value.data(), width, slots.data(),
-                    &transform, nullptr, 0, kTokens});
+          kv_write({{cache.data(), dtype, kSlots, kHeads, size, size}, key.data(), width, value.data(), width,
+                    slots.data(), &transform, nullptr, 0, kTokens});
           std::vector<float> written(expected.size());
           VLLM_MS_DISPATCH_FLOAT(dtype, T, {
             for (size_t i = 0; i < written.size(); ++i) written[i] = to_float(static_cast<const T *>(cache.data())[i]);

@@ -86,7 +86,7 @@ class Plan {
       const int64_t step = std::max<int64_t>(1, max_rows_ / members_);
       for (int64_t first = 0; first < queries; first += step) {
         Unit unit{request, first, std::min(step, queries - first), 0, 0, 1};
-        const int64_t position = in_.seq_lens[request] - queries + first;
+        const int64_t position = in_.num_sinks + in_.seq_lens[request] - queries + first;
         unit.key_begin = first_key(in_, position);
         unit.key_end = position + unit.num_queries;
         unit.heads = std::max<int64_t>(1, std::min(max_heads_, max_rows_ / (unit.num_queries * members_)));
@@ -225,6 +225,9 @@ void check_attention(const AttentionInputs &in) {
     fail("num_heads " + std::to_string(in.num_heads) + ", num_kv_heads " + std::to_string(in.cache.num_kv_heads) +
          ", head_size " + std::to_string(in.cache.head_size));
   }
+  if (in.cache.value_size > in.cache.head_size) {
+    fail("values of " + std::to_string(in.cache.value_size) + " with keys of " + std::to_string(in.cache.head_size));
+  }
   if (in.block_size <= 0) fail("block_size " + std::to_string(in.block_size));
   for (int64_t request = 0; request < in.num_requests; ++request) check_request(in, request);
 }
@@ -249,7 +252,7 @@ void check_slots(const int64_t *slots, int64_t num_tokens, int64_t num_slots) {
 }
 
 void attention(const AttentionInputs &in) {
-  const int64_t width = in.num_heads * in.cache.head_size;
+  const int64_t width = in.num_heads * in.cache.value_size;
   const int64_t first = in.num_requests > 0 ? in.query_start_loc[0] : 0;
   const int64_t last = in.num_requests > 0 ? in.query_start_loc[in.num_requests] : 0;
   if (first > 0) std::memset(in.out, 0, first * width * sizeof(float));

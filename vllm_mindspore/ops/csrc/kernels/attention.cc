@@ -48,7 +48,7 @@ Task make_task(const AttentionTaskArgs &args) {
   const int64_t start = t.in.query_start_loc[t.task.request];
   const int64_t length = t.in.query_start_loc[t.task.request + 1] - start;
   t.token = start + t.task.first_query;
-  t.position = t.in.seq_lens[t.task.request] - length + t.task.first_query;
+  t.position = t.in.num_sinks + t.in.seq_lens[t.task.request] - length + t.task.first_query;
 
   float *next = args.workspace;
   const auto take = [&next](int64_t count) {
@@ -120,12 +120,12 @@ void load_queries(const Task &t) {
 }
 
 float *result_at(const Task &t, int64_t row) {
-  return t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head_of(t, row)) * t.in.cache.head_size;
+  return t.in.out + ((t.token + query_of(t, row)) * t.in.num_heads + head_of(t, row)) * t.in.cache.value_size;
 }
 
 // Divides by the denominator, to which a sink adds one term that carries no value.
 void write_row(const Task &t, int64_t row, const RowState &total) {
-  const int64_t size = t.in.cache.head_size, head = head_of(t, row);
+  const int64_t size = t.in.cache.value_size, head = head_of(t, row);
   float numerator = 1.0f, sum = *total.sum;
   if (t.in.sinks) {
     const float sink = weight_at(t.in.sinks, head);
@@ -146,8 +146,10 @@ void write_row(const Task &t, int64_t row, const RowState &total) {
   if (d < size) store_n(out + d, load(total.accumulator + d) * scale, size - d);
 }
 
-// The cache slots of keys [begin, end) of the tile starting at position `tile`.
+// The cache slots of keys [begin, end) of the tile starting at position `tile`; those of sinks are negative.
 void find_slots(const Task &t, int64_t tile, int64_t begin, int64_t end, int64_t *slots) {
+  tile -= t.in.num_sinks;
+  for (; begin < end && tile + begin < 0; ++begin) slots[begin] = tile + begin;
   if (begin >= end) return;
   const int32_t *blocks = t.in.block_table + t.task.request * t.in.max_blocks;
   int64_t block = (tile + begin) / t.in.block_size, offset = (tile + begin) % t.in.block_size;
@@ -182,7 +184,19 @@ constexpr int64_t kDirectRows = 8;
 // them that converting them each time is faster than a copy.
 template <class T>
 VLLM_MS_INLINE bool reads_directly(const Task &t) {
-  return t.in.cache.head_size % kLanes == 0 && (sizeof(T) == sizeof(float) || t.rows_per_head <= kDirectRows);
+  const bool whole_vectors = t.in.cache.head_size % kLanes == 0 && t.in.cache.value_size % kLanes == 0;
+  return whole_vectors && (sizeof(T) == sizeof(float) || t.rows_per_head <= kDirectRows);
+}
+
+// The row of a KV head at a slot that find_slots has found.
+template <class T>
+VLLM_MS_INLINE const T *row_at(const AttentionInputs &in, int64_t slot, int64_t head) {
+  const void *rows = in.cache.data;
+  if (slot < 0) {
+    rows = in.sink_kv;
+    slot += in.num_sinks;
+  }
+  return static_cast<const T *>(rows) + (slot * in.cache.num_kv_heads + head) * row_size(in.cache);
 }
 
 // Points tile.keys and tile.values at one KV head's rows, in the cache (`direct`) or converted to float; and tile.ahead
@@ -190,17 +204,16 @@ VLLM_MS_INLINE bool reads_directly(const Task &t) {
 template <class T>
 VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *next, int64_t next_head, bool direct,
                                 Tile &tile) {
-  const int64_t size = t.in.cache.head_size, heads = t.in.cache.num_kv_heads;
-  const T *cache = static_cast<const T *>(t.in.cache.data);
+  const int64_t size = t.in.cache.head_size;
   tile.half_bytes = size * sizeof(T);
   for (int64_t j = 0; j < kTileKeys; ++j) {
     if (j < tile.begin || j >= tile.end) {
-      tile.ahead[j] = reinterpret_cast<const char *>(cache);
+      tile.ahead[j] = static_cast<const char *>(t.in.cache.data);
       tile.keys[j] = tile.values[j] = t.work.zeros;
       continue;
     }
-    tile.ahead[j] = reinterpret_cast<const char *>(cache + (next[j] * heads + next_head) * 2 * size);
-    const T *row = cache + (tile.slots[j] * heads + head) * 2 * size;
+    tile.ahead[j] = reinterpret_cast<const char *>(row_at<T>(t.in, next[j], next_head));
+    const T *row = row_at<T>(t.in, tile.slots[j], head);
     if (direct) {
       tile.keys[j] = row;
       tile.values[j] = row + size;
@@ -208,7 +221,7 @@ VLLM_MS_NOINLINE void load_rows(const Task &t, int64_t head, const int64_t *next
     }
     float *key = t.work.keys + j * t.padded, *value = t.work.values + j * t.padded;
     convert_row(row, size, key);
-    convert_row(row + size, size, value);
+    convert_row(row + size, t.in.cache.value_size, value);
     tile.keys[j] = key;
     tile.values[j] = value;
   }
@@ -229,7 +242,7 @@ void find_ranges(const Task &t, const Tile &tile) {
 template <int R, class T>
 void accumulate_group(const Task &t, const Tile &tile, const KeyRange *ranges, float *accumulator,
                       const float *weights, Ahead ahead) {
-  const int64_t size = t.in.cache.head_size;
+  const int64_t size = t.in.cache.value_size;
   const auto one_by_one = [&](int64_t from, int64_t to) {
     for (int64_t r = 0; r < R; ++r) {
       const int64_t begin = max_of(from, ranges[r].begin), end = min_of(to, ranges[r].end);
@@ -279,7 +292,7 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
   bf16 *weights = t.work.weights + 2 * first * kTileKeys;
   const KeyRange *ranges = t.work.ranges;
   const AmxKeys keys{reinterpret_cast<bf16 *>(t.work.keys), reinterpret_cast<bf16 *>(t.work.values)};
-  pack_amx_keys(tile.keys, tile.values, size, {tile.ahead, 0, 2 * tile.half_bytes}, keys);
+  pack_amx_keys(tile.keys, tile.values, t.in.cache, {tile.ahead, 0, 2 * tile.half_bytes}, keys);
   const int64_t count = min_of(kAmxRows, t.rows_per_head);
   AmxTiles tiles(kAmxRows, kAmxRows, count, count);
   const auto for_blocks = [&](auto body) {  // (first row, rows, begin and end of the keys that any of them sees)
@@ -304,7 +317,7 @@ VLLM_MS_NOINLINE void attend_amx(const Task &t, const Tile &tile, int64_t head) 
   }
   for_blocks([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
     accumulate_amx(tiles, accumulator + row * t.padded, t.padded, weights + 2 * row * kTileKeys, rows, keys,
-                   begin, end, size);
+                   begin, end, t.in.cache.value_size);
   });
 }
 #endif
@@ -323,6 +336,7 @@ VLLM_MS_INLINE void for_equal_groups(int64_t rows, Body body) {
 
 // As attend, for a cache that fits_bf16.
 VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head) {
+  const int64_t value_size = t.in.cache.value_size;
   const int64_t size = t.in.cache.head_size, first = (head - t.task.first_head) * t.rows_per_head;
   const bf16 *queries = t.work.query_tiles + first * size;
   float *scores = t.work.scores + first * kTileKeys, *accumulator = t.work.accumulator + first * t.padded;
@@ -358,12 +372,12 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
     round_weights(scores + row * kTileKeys, any ? seen.begin : 0, any ? seen.end : 0, weights + row * kTileKeys);
   }
   if (t.rows_per_head > kFewRows) {
-    pair_values(tile.values, tile.begin / 2 * 2, (tile.end + 1) / 2 * 2, size,
+    pair_values(tile.values, tile.begin / 2 * 2, (tile.end + 1) / 2 * 2, value_size,
                 {tile.ahead, tile.half_bytes, tile.half_bytes}, values);
     for_equal_groups<kValueRows>(t.rows_per_head, [&](auto R, int64_t row) {
       const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + R() - 1].end + 1) / 2 * 2;
       accumulate_rows_paired<R()>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, values, begin, end,
-                                  size);
+                                  value_size);
     });
     return;
   }
@@ -371,7 +385,7 @@ VLLM_MS_NOINLINE void attend_bf16(const Task &t, const Tile &tile, int64_t head)
     const int64_t begin = ranges[row].begin / 2 * 2, end = (ranges[row + R.value - 1].end + 1) / 2 * 2;
     if (begin >= end) return;
     accumulate_rows_bf16<R.value>(accumulator + row * t.padded, t.padded, weights + row * kTileKeys, tile.values, begin,
-                                  end, size, {tile.ahead, tile.half_bytes, row == 0 ? tile.half_bytes : 0});
+                                  end, value_size, {tile.ahead, tile.half_bytes, row == 0 ? tile.half_bytes : 0});
   });
 }
 #endif
@@ -422,7 +436,7 @@ void run_split(const Task &t, int64_t begin, int64_t end, Tile &tile) {
 void run_attention(const AttentionTaskArgs &args) {
   const Task t = make_task(args);
   const Workspace &w = t.work;
-  const int64_t size = t.in.cache.head_size, state = attention_state(t.in.cache.head_size);
+  const int64_t size = t.in.cache.value_size, state = attention_state(t.in.cache.head_size);
   float *partial = t.task.partial;
   Tile tile;
   load_queries(t);
@@ -460,7 +474,7 @@ void merge_attention(const AttentionTaskArgs &args) {
     const RowState total{w.total + row * t.padded, w.total_max + row, w.total_sum + row};
     for (int64_t split = 0; split < splits; ++split) {
       const float *partial = t.task.partial + (split * t.rows + row) * state;
-      fold(partial[t.padded], partial[t.padded + 1], partial, total, t.in.cache.head_size);
+      fold(partial[t.padded], partial[t.padded + 1], partial, total, t.in.cache.value_size);
     }
     write_row(t, row, total);
   }

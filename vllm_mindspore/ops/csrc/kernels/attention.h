@@ -1,6 +1,8 @@
 // Attention over the paged KV cache: the part compiled per instruction set. Splitting a step into tasks is in
 // ../attention_plan.h.
 //
+// A position below is that of a key among the keys of its request, which begin with the sinks where there are some.
+//
 // Numerical contract. For one query and head, keys are visited in tiles of kTileKeys ABSOLUTE positions, ascending, by
 // online softmax; every kSplitKeys positions the running state (max, sum, accumulator) is folded into a total, and the
 // next split starts afresh. All of it is a function of the query, its keys and their positions only. Which queries
@@ -30,12 +32,14 @@ struct AttentionInputs {
   const int32_t *query_start_loc = nullptr;  // [num_requests + 1]
   const int32_t *seq_lens = nullptr;         // [num_requests], with this step's tokens
   Weight sinks, alibi_slopes;                // [num_heads]
+  const void *sink_kv = nullptr;  // [num_sinks, num_kv_heads, row_size], of the cache's type: keys and values that
+  int64_t num_sinks = 0;          // every query sees, before those of its request; not with a window or slopes
   int64_t num_heads = 0;
   int64_t block_size = 0;
   int64_t sliding_window = 0;  // 0: none
   float scale = 0;
   float soft_cap = 0;    // 0: none
-  float *out = nullptr;  // [num_tokens, num_heads * head_size]
+  float *out = nullptr;  // [num_tokens, num_heads * value_size]
 };
 
 // Queries [first_query, first_query + num_queries) of a request against KV heads [first_head, first_head + num_heads)

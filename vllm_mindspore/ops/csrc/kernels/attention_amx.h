@@ -20,11 +20,11 @@ constexpr int64_t kAmxKeySteps = kTileKeys / kAmxDepth;
 // Where a tile of one KV head's keys and values lies, as AMX reads it.
 struct AmxKeys {
   bf16 *keys;    // [kTileKeys][head_size]
-  bf16 *values;  // tiles [kAmxKeySteps][head_size / 16][16 pairs of keys][16][2]
+  bf16 *values;  // tiles [kAmxKeySteps][value_size / 16][16 pairs of keys][16][2]
 };
 
 VLLM_MS_INLINE bool fits_amx(const KvCache &cache) {
-  return cache.dtype == DType::bf16 && cache.head_size % kAmxDepth == 0;
+  return cache.dtype == DType::bf16 && cache.head_size % kAmxDepth == 0 && cache.value_size % kAmxDepth == 0;
 }
 
 // v at `high` and what that leaves out at `low`.
@@ -52,10 +52,10 @@ VLLM_MS_INLINE void pack_amx_queries(const float *query, int64_t padded, int64_t
 }
 
 // The cache's rows, in any order in memory, to `out`.
-VLLM_MS_INLINE void pack_amx_keys(const void *const *keys, const void *const *values, int64_t head_size, Ahead ahead,
-                                  const AmxKeys &out) {
+VLLM_MS_INLINE void pack_amx_keys(const void *const *keys, const void *const *values, const KvCache &cache,
+                                  Ahead ahead, const AmxKeys &out) {
   const Pairing pairing;
-  const int64_t blocks = head_size / kAmxRows;
+  const int64_t head_size = cache.head_size, blocks = cache.value_size / kAmxRows;
   for (int64_t j = 0; j < kTileKeys; j += 2) {
     prefetch(ahead, j);
     prefetch(ahead, j + 1);
@@ -65,6 +65,8 @@ VLLM_MS_INLINE void pack_amx_keys(const void *const *keys, const void *const *va
       for (int64_t k = j; k < j + 2; ++k) {
         _mm512_storeu_si512(out.keys + k * head_size + d, _mm512_loadu_si512(static_cast<const bf16 *>(keys[k]) + d));
       }
+    }
+    for (int64_t d = 0; d < cache.value_size; d += kAmxDepth) {
       __m512i paired[2];
       pairing.pair(even + d, odd + d, paired);
       bf16 *at = pairs + d / kAmxRows * kAmxTile;
@@ -118,8 +120,8 @@ VLLM_MS_INLINE void pack_amx_weights(const float *weights, int64_t begin, int64_
 
 // accumulator[r] += weights[r] V for `count` rows; weights [count][2][kTileKeys].
 VLLM_MS_INLINE void accumulate_amx(AmxTiles &tiles, float *accumulator, int64_t padded, const bf16 *weights,
-                                   int64_t count, const AmxKeys &k, int64_t begin, int64_t end, int64_t head_size) {
-  const int64_t blocks = head_size / kAmxRows, bytes = padded * sizeof(float);
+                                   int64_t count, const AmxKeys &k, int64_t begin, int64_t end, int64_t value_size) {
+  const int64_t blocks = value_size / kAmxRows, bytes = padded * sizeof(float);
   tiles.set(count, count, kAmxRows, kAmxRows);
   for (int64_t block = 0; block < blocks; block += 2) {
     float *sums = accumulator + block * kAmxRows;

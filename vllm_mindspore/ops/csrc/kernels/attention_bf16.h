@@ -15,7 +15,7 @@ namespace VLLM_MS_ISA {
 namespace {
 
 VLLM_MS_INLINE bool fits_bf16(const KvCache &cache) {
-  return cache.dtype == DType::bf16 && cache.head_size % kPairs == 0;
+  return cache.dtype == DType::bf16 && cache.head_size % kPairs == 0 && cache.value_size % kPairs == 0;
 }
 
 constexpr int kValueRows = 6;      // with four vectors of dimensions: 24 sums in registers

@@ -154,7 +154,7 @@ VLLM_MS_INLINE float highest_lane(Vec v) {
 }
 
 struct RowState {
-  float *accumulator;  // [head_size]
+  float *accumulator;  // [value_size]
   float *max;
   float *sum;
 };
@@ -171,7 +171,7 @@ VLLM_MS_INLINE Base raise(const AttentionInputs &in, Vec highest, const RowState
   if (before != now && before != -kInfinity) {
     base.rescale = softmax_exp(before - now);
     const Vec scales = set1(base.rescale);
-    for (int64_t d = 0; d < in.cache.head_size; d += kLanes) {
+    for (int64_t d = 0; d < in.cache.value_size; d += kLanes) {
       store(row.accumulator + d, load(row.accumulator + d) * scales);
     }
   }
@@ -244,19 +244,19 @@ VLLM_MS_NOINLINE void accumulate(float *accumulator, int64_t padded, const float
 
 template <int R, class T>
 void accumulate_rows(float *accumulator, int64_t padded, const float *weights, const void *const *values,
-                     int64_t begin, int64_t end, int64_t head_size, Ahead ahead) {
+                     int64_t begin, int64_t end, int64_t value_size, Ahead ahead) {
   int64_t d = 0;
   if (R == 1) {
-    for (; d + 7 * kLanes < head_size; d += 8 * kLanes) {
+    for (; d + 7 * kLanes < value_size; d += 8 * kLanes) {
       accumulate<R, (R == 1 ? 8 : 1), T>(accumulator, padded, weights, values, begin, end, d, ahead);
       ahead.bytes = 0;
     }
   }
-  for (; d + 3 * kLanes < head_size; d += 4 * kLanes) {
+  for (; d + 3 * kLanes < value_size; d += 4 * kLanes) {
     accumulate<R, 4, T>(accumulator, padded, weights, values, begin, end, d, ahead);
     ahead.bytes = 0;
   }
-  switch ((head_size - d + kLanes - 1) / kLanes) {
+  switch ((value_size - d + kLanes - 1) / kLanes) {
     case 3:
       return accumulate<R, 3, T>(accumulator, padded, weights, values, begin, end, d, ahead);
     case 2:

@@ -28,7 +28,7 @@ struct Task {
         width(padded_head(in.lora)),
         step(in.step) {
     const int64_t heads = task.num_heads;
-    step.cache.head_size = in.lora;
+    step.cache.head_size = step.cache.value_size = in.lora;
     Blocks blocks{args.workspace};
     query = blocks.take(heads * row);
     accumulator = blocks.take(heads * width);

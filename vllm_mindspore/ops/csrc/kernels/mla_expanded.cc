@@ -38,7 +38,7 @@ struct Task {
         step(in.step) {
     token = step.query_start_loc[a.segment->request] + a.first_query;
     position = first_position(a);
-    step.cache.head_size = in.v;
+    step.cache.head_size = step.cache.value_size = in.v;
     Blocks blocks{a.workspace};
     query = blocks.take(a.num_queries * key_width);
     accumulator = blocks.take(a.num_queries * value_width);

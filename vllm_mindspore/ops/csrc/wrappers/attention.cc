@@ -37,18 +37,21 @@ struct StepTensors {
   void infer(const AttentionAttributes &a) const {
     require_rank(cache, 3, "kv_cache");
     require_equal(cache.dim(1), a.num_kv_heads, "kv_cache: heads and num_kv_heads");
-    require_equal(cache.dim(2), 2 * a.head_size, "kv_cache: width and 2 * head_size");
+    require(a.head_size < cache.dim(2) && cache.dim(2) <= 2 * a.head_size, "kv_cache: width ", cache.dim(2),
+            " for a key of head_size ", a.head_size, " and a value that is not wider");
     requests.infer();
     require_vector(sinks, a.num_heads, "sinks");
     require_vector(alibi_slopes, a.num_heads, "alibi_slopes");
   }
+
+  int64_t value_size(const AttentionAttributes &a) const { return cache.dim(2) - a.head_size; }
 
   AttentionInputs inputs(const AttentionAttributes &a) const {
     require_float(cache, "kv_cache");
     require_float(sinks, "sinks");
     require_float(alibi_slopes, "alibi_slopes");
     AttentionInputs in;
-    in.cache = {cache.data, cache.dtype, cache.dim(0), a.num_kv_heads, a.head_size};
+    in.cache = {cache.data, cache.dtype, cache.dim(0), a.num_kv_heads, a.head_size, value_size(a)};
     requests.fill(in);
     in.sinks = sinks.weight();
     in.alibi_slopes = alibi_slopes.weight();
@@ -63,8 +66,8 @@ struct StepTensors {
 
 struct PagedAttentionOp {
   static constexpr const char *kName = "paged_attention";
-  static constexpr int kTensors = 7;
-  enum { kQuery, kCache, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi };
+  static constexpr int kTensors = 8;
+  enum { kQuery, kCache, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi, kSinkKv };
   AttentionAttributes attributes;
 
   explicit PagedAttentionOp(const Attributes &a) : attributes(a) {}
@@ -83,7 +86,12 @@ struct PagedAttentionOp {
       require_equal(query.dim(2), attributes.head_size, "query: last dimension and head_size");
     }
     step(in).infer(attributes);
-    return {query.dim(0), width};
+    if (in[kSinkKv].given) {
+      require(!in[kAlibi].given && attributes.sliding_window == 0, "sink_kv with alibi_slopes or a sliding window");
+      require_rank(in[kSinkKv], 3, "sink_kv");
+      for (int i : {1, 2}) require_equal(in[kSinkKv].dim(i), in[kCache].dim(i), "sink_kv and kv_cache: heads, width");
+    }
+    return {query.dim(0), attributes.num_heads * step(in).value_size(attributes)};
   }
 
   void run(const Inputs &in, void *out) const {
@@ -93,6 +101,11 @@ struct PagedAttentionOp {
     inputs.query_stride = attributes.num_heads * attributes.head_size;
     inputs.num_tokens = in[kQuery].dim(0);
     inputs.out = static_cast<float *>(out);
+    if (in[kSinkKv].given) {
+      require(in[kSinkKv].dtype == inputs.cache.dtype, "sink_kv: must have the type of kv_cache");
+      inputs.sink_kv = in[kSinkKv].data;
+      inputs.num_sinks = in[kSinkKv].dim(0);
+    }
     check_attention(inputs);
     attention(inputs);
   }
@@ -131,11 +144,10 @@ struct QkvAttentionOp {
 
   int64_t query_width() const { return attributes.num_heads * attributes.head_size; }
   int64_t key_width() const { return attributes.num_kv_heads * attributes.head_size; }
+  int64_t value_width(const Inputs &in) const { return attributes.num_kv_heads * step(in).value_size(attributes); }
 
   Shape infer(const Inputs &in) const {
     require_rank(in[kQkv], 2, "qkv");
-    require_equal(in[kQkv].dim(1), query_width() + 2 * key_width(),
-                  "qkv: width and (num_heads + 2 * num_kv_heads) * head_size");
     require_rank(in[kPositions], 1, "positions");
     require_equal(in[kPositions].dim(0), in[kQkv].dim(0), "positions and qkv: number of tokens");
     require_rank(in[kSlots], 1, "slot_mapping");
@@ -153,7 +165,9 @@ struct QkvAttentionOp {
     require_vector(in[kQNorm], full ? query_width() : attributes.head_size, "q_norm");
     require_vector(in[kKNorm], full ? key_width() : attributes.head_size, "k_norm");
     step(in).infer(attributes);
-    return {in[kQkv].dim(0), query_width()};
+    require_equal(in[kQkv].dim(1), query_width() + key_width() + value_width(in),
+                  "qkv: width and that of queries, keys and values");
+    return {in[kQkv].dim(0), attributes.num_heads * step(in).value_size(attributes)};
   }
 
   HeadTransform transform(const Inputs &in, const Tensor &weight, const float *inverse_rms) const {
@@ -181,7 +195,7 @@ struct QkvAttentionOp {
   void run(const Inputs &in, void *out) const {
     AttentionInputs inputs = step(in).inputs(attributes);
     const float *qkv = in[kQkv].as<float>();
-    const int64_t tokens = in[kQkv].dim(0), stride = query_width() + 2 * key_width();
+    const int64_t tokens = in[kQkv].dim(0), stride = query_width() + key_width() + value_width(in);
     inputs.num_tokens = tokens;
     check(in, inputs);
 

@@ -20,20 +20,22 @@ struct KvWriteOp {
     require_rank(cache, 3, "kv_cache");
     require_rank(in[kSlots], 1, "slot_mapping");
     for (int i : {kKey, kValue}) {
-      const Tensor &t = in[i];
       const char *name = i == kKey ? "key" : "value";
-      require(t.rank == 2 || t.rank == 3, name, ": rank ", t.rank, ", expected 2 or 3");
-      require_equal(t.dim(0), in[kSlots].dim(0), i == kKey ? "key and slot_mapping" : "value and slot_mapping");
-      bool known = cache.dim(1) >= 0 && cache.dim(2) >= 0;
-      int64_t width = 1;
-      for (int d = 1; d < t.rank; ++d) {
-        known = known && t.dim(d) >= 0;
-        width *= t.dim(d);
-      }
-      require(!known || 2 * width == cache.dim(1) * cache.dim(2), name, ": ", width, " values a token, kv_cache has [",
-              cache.dim(1), ", ", cache.dim(2), "] a slot");
+      require(in[i].rank == 2 || in[i].rank == 3, name, ": rank ", in[i].rank, ", expected 2 or 3");
+      require_equal(in[i].dim(0), in[kSlots].dim(0), i == kKey ? "key and slot_mapping" : "value and slot_mapping");
     }
+    const int64_t heads = cache.dim(1), row = cache.dim(2), key = width(in[kKey]), value = width(in[kValue]);
+    const bool known = heads > 0 && row >= 0 && key >= 0 && value >= 0;
+    require(!known || (key + value == heads * row && key % heads == 0), "key: ", key, " and value: ", value,
+            " values a token, kv_cache has [", heads, ", ", row, "] a slot");
     return {1};
+  }
+
+  // Values a token, negative where unknown.
+  static int64_t width(const Tensor &t) {
+    int64_t width = 1;
+    for (int d = 1; d < t.rank; ++d) width = t.dim(d) < 0 || width < 0 ? -1 : width * t.dim(d);
+    return width;
   }
 
   void run(const Inputs &in, void *out) const {
@@ -42,13 +44,13 @@ struct KvWriteOp {
     require_f32(in[kValue], "value");
     require_float(cache, "kv_cache");
     require(in[kSlots].dtype == DType::i64, "slot_mapping: must be int64");
-    const int64_t tokens = in[kSlots].dim(0), width = cache.dim(1) * cache.dim(2) / 2;
+    const int64_t tokens = in[kSlots].dim(0), heads = cache.dim(1);
     KvWriteArgs args{};
-    args.cache = {cache.data, cache.dtype, cache.dim(0), cache.dim(1), cache.dim(2) / 2};
     args.key = in[kKey].as<float>();
-    args.key_stride = width;
+    args.key_stride = width(in[kKey]);
     args.value = in[kValue].as<float>();
-    args.value_stride = width;
+    args.value_stride = width(in[kValue]);
+    args.cache = {cache.data, cache.dtype, cache.dim(0), heads, args.key_stride / heads, args.value_stride / heads};
     args.slot_mapping = in[kSlots].as<int64_t>();
     args.end = tokens;
     kv_write(args);
