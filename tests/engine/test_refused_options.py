@@ -32,8 +32,8 @@ MODELS = {
                          time_step_rank=4), "state-space layers"),
 }  # fmt: skip
 OPTIONS = {
-    "--decode-context-parallel-size": dict(tensor_parallel_size=2, decode_context_parallel_size=2),
-    "--nnodes": dict(tensor_parallel_size=2, nnodes=2, node_rank=0, master_addr="127.0.0.1"),
+    "--decode-context-parallel-size": dict(tensor_parallel_size=3, decode_context_parallel_size=3),
+    "--nnodes": dict(tensor_parallel_size=3, nnodes=3, master_addr="127.0.0.1"),
     "--enable-lora": dict(enable_lora=True),
     "--quantization": dict(quantization="fp8"),
     "--speculative-config": dict(

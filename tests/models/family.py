@@ -54,7 +54,13 @@ class Family:
 def make(cls: type[PreTrainedConfig], **fields) -> Callable[[], PreTrainedConfig]:
     """A factory of `cls` with the token ids all families share."""
     common = dict(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=EOS_TOKEN_ID, pad_token_id=0)
-    return lambda: cls(**{**common, **fields})
+    model_type = cls.model_type
+
+    def config() -> PreTrainedConfig:
+        cls.model_type = model_type  # vLLM gives Kimi K2's to the class of DeepSeek V3
+        return cls(**{**common, **fields})
+
+    return config
 
 
 def dims(hidden: int, heads: int, kv_heads: int, intermediate: int, layers: int = 3, **more) -> dict[str, Any]:

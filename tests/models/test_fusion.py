@@ -57,11 +57,13 @@ EXPECTED = {
 }
 LATENT_MOE = ["kimi-k2", "glm4-moe-lite", "axk1", "pangu-ultra-moe"]
 NORMS = {"minimax-m2": 6}  # written as arithmetic: q and k of each layer
-# family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model scales their result.
-MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 4, "ernie-moe": 2, "granite-moe": 6,
-       "gpt-oss": 4, "deepseek-v2-moe": 4, "deepseek-v3-moe": 4, "pangu-pro-moe": 3, "deepseek-r1": 2, "kimi-k2": 2,
-       "glm4-moe-lite": 2, "axk1": 2, "pangu-ultra-moe": 2, "pangu-pro-moe-v2": 2, "glm46-moe": 1, "ling2": 2, "hy-v3": 2,
-       "minimax-m2": 3, "exaone-moe": 3, "afmoe": 3, "mimo-v2-flash": 3, "granite-moe-shared": 3}  # fmt: skip
+# family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model itself scales their
+# result (vLLM's routed_scaling_factor is part of the routing from the start).
+MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 2, "ernie-moe": 2, "granite-moe": 6,
+       "gpt-oss": 4, "deepseek-v2-moe": 2, "deepseek-v3-moe": 2, "pangu-pro-moe": 3, "deepseek-r1": 2, "kimi-k2": 2,
+       "glm4-moe-lite": 2, "axk1": 2, "pangu-ultra-moe": 2, "pangu-pro-moe-v2": 2, "glm46-moe": 1, "ling2": 2,
+       "hy-v3": 2, "minimax-m2": 3, "exaone-moe": 3, "afmoe": 3, "mimo-v2-flash": 3,
+       "granite-moe-shared": 3}  # fmt: skip
 LATENT = {name: 3 for name in (*(name for name in EXPECTED if name.startswith("deepseek")), *LATENT_MOE)}
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}

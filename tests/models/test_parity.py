@@ -9,8 +9,13 @@ from .engine import engine, greedy, prompt_logprobs, statistics
 from .families import FAMILIES
 from .reference import MAX_TOKENS, PROMPTS, reference
 
+# Close relatives of others in the table; `make test-slow` and `make support-table` run these too.
+RELATIVES = ["llama-linear", "exaone3", "internlm3", "glm4-moe-lite", "axk1", "ling2", "hy-v3", "granite-moe-shared"]
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in RELATIVES else name for name in FAMILIES]
+)
 def test_float32_tokens_and_logits_equal_the_reference(name):
     expected = reference(name)
     ids = max(PROMPTS, key=len)

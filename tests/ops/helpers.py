@@ -33,6 +33,12 @@ def current_isa() -> str:
     return build.kernel_info()["isa"]
 
 
+def lower_instruction_sets() -> list[str]:
+    """Those of the library that this machine has and that the tests do not use anyway, the slowest first."""
+    variants, current = build.read_build_info().get("isa_variants", []), current_isa()
+    return variants[: variants.index(current)] if current in variants else []
+
+
 class Call(nn.Cell):
     """One operator as a network."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mindspore.ops import build
+from tests.ops.helpers import lower_instruction_sets
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["test_attention.py", "test_attention_qkv.py", "test_rotary.py", "test_kv_cache.py", "test_mla.py"]
@@ -23,11 +23,8 @@ def subprocess_with(arguments, **environment):
     return result.stdout
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", lower_instruction_sets())
 def test_lower_instruction_sets(isa):
-    info = build.kernel_info()
-    if isa not in info["isa_variants"] or isa == info["isa"]:
-        pytest.skip(f"{isa} is not in this build, or is what the other tests run")
     files = [str(ROOT / "tests" / "ops" / name) for name in TESTS]
     selection = "float64 or bits or trace or rounds or long"
     out = subprocess_with(["-m", "pytest", "-q", "-x", "-k", selection, *files], VLLM_MS_CPU_ISA=isa)

@@ -8,20 +8,14 @@ import sys
 
 import pytest
 
-from vllm_mindspore.ops import build
+from tests.ops.helpers import lower_instruction_sets
 
 FILES = ["test_linear.py", "test_quantized.py", "test_norm.py", "test_activation.py", "test_embedding.py"]
 FILES += ["test_pointwise.py", "test_moe.py", "test_moe_route.py", "test_sampling.py"]
 
 
-def other_variants() -> list[str]:
-    variants = build.read_build_info().get("isa_variants", [])
-    current = build.kernel_info()["isa"]
-    return variants[: variants.index(current)] if current in variants else []
-
-
 @pytest.mark.skipif("VLLM_MS_CPU_ISA" in os.environ, reason="an instruction set is chosen already")
-@pytest.mark.parametrize("isa", other_variants())
+@pytest.mark.parametrize("isa", lower_instruction_sets())
 def test_operators_with(isa):
     folder = os.path.dirname(__file__)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
