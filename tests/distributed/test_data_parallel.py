@@ -16,7 +16,7 @@ LAYOUTS = [
     ("parallel-qwen3-moe", 2, TENSORS),
     ("parallel-deepseek-v3", 2, EXPERTS),
     ("parallel-deepseek-v3", 2, EXPERTS, TENSORS),
-    ("parallel-gpt-oss", 2, EXPERTS),
+    ("parallel-gpt-oss", 2),
     ("parallel-pangu-pro-moe", 2, EXPERTS),
     ("parallel-qwen3", 2),
 ]
