@@ -194,8 +194,7 @@ class MindSporeModelRunner(CPUModelRunner):
     def tokens_of_experts(self) -> dict[str, list[int]]:
         """By layer of experts: how many tokens each expert has computed."""
         names = model_capture.expert_layers(self.vllm_config)
-        counts = self.step.tokens_of_experts
-        return {name: count.tolist() for name, count in zip(names, counts, strict=True)}
+        return dict(zip(names, self.step.tokens_of_experts() if names else [], strict=True))
 
     def graph_statistics(self) -> dict[str, object]:
         """Counts per graph: compiles, loads, calls; passes' matches; operators; weights shared without a copy."""

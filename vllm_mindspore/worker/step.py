@@ -45,8 +45,8 @@ class ModelStep:
         self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
         self._arange = torch.arange(0)
         hidden_states, *others = model.emitted.outputs
-        # of each layer, how many tokens each of its experts has computed so far, [num_experts]
-        self.tokens_of_experts = [torch.zeros(shape, dtype=torch.int64) for shape in others if len(shape) == 1]
+        self._experts = [shape[0] for shape in others if len(shape) == 1]  # of each layer
+        self._tokens_of_experts = torch.zeros(sum(self._experts), dtype=torch.float64)  # of all layers: exact, one sum
         if logits is not None:
             logits.compile([(hidden_states, torch.float32)], cached_files)
 
@@ -135,9 +135,12 @@ class ModelStep:
 
     def _count(self, counts: list[torch.Tensor], is_dummy: bool) -> None:
         """Add what the experts have computed, unless it was for no request."""
-        if not is_dummy:
-            for total, count in zip(self.tokens_of_experts, counts, strict=True):
-                total += count.long()
+        if counts and not is_dummy:
+            self._tokens_of_experts += torch.cat(counts)
+
+    def tokens_of_experts(self) -> list[list[int]]:
+        """Of each layer of experts, how many tokens each has computed so far."""
+        return [layer.long().tolist() for layer in self._tokens_of_experts.split(self._experts)]
 
     def _results(self, results, *num_rows: int) -> list:
         """What the graph returned, as torch tensors: the first ones of so many rows each, then a list of the others."""
