@@ -51,26 +51,32 @@ struct BetweenHolders : Exchange {
   }
 };
 
-// Rows of a rank's tokens: [count of this rank, width].
+// Begins to send rows of a rank's tokens, [count of this rank, width].
+template <uint32_t (*begin)(Group &, const StepTokens &, const float *, int64_t)>
 struct RowsStart : Exchange {
+  static constexpr int kTensors = 2;
   using Exchange::Exchange;
   Shape infer(const Inputs &in) const {
     require_rank(in[0], 2, "x");
     require_rank(in[1], 1, "token_ranks");
     return {1};
   }
-};
-
-struct GatherRowsStartOp : RowsStart {
-  static constexpr const char *kName = "gather_rows_start";
-  static constexpr int kTensors = 2;
-  using RowsStart::RowsStart;
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
     Group &group = joined();
     const StepTokens tokens = tokens_of(in[1], group, in[0]);
-    write_round(begin_gather_rows(group, tokens, in[0].as<float>(), in[0].dim(1)), out);
+    write_round(begin(group, tokens, in[0].as<float>(), in[0].dim(1)), out);
   }
+};
+
+struct GatherRowsStartOp : RowsStart<begin_gather_rows> {
+  static constexpr const char *kName = "gather_rows_start";
+  using RowsStart::RowsStart;
+};
+
+struct MoeDispatchStartOp : RowsStart<begin_dispatch> {
+  static constexpr const char *kName = "moe_dispatch_start";
+  using RowsStart::RowsStart;
 };
 
 struct GatherRowsWaitOp : Exchange {
@@ -87,18 +93,6 @@ struct GatherRowsWaitOp : Exchange {
     Group &group = joined();
     const StepTokens tokens = tokens_of(in[kTokenRanks], group, in[kX]);
     end_gather_rows(group, round_of(in[kBegun]), tokens, in[kX].as<float>(), in[kX].dim(1), static_cast<float *>(out));
-  }
-};
-
-struct MoeDispatchStartOp : RowsStart {
-  static constexpr const char *kName = "moe_dispatch_start";
-  static constexpr int kTensors = 2;
-  using RowsStart::RowsStart;
-  void run(const Inputs &in, void *out) const {
-    require_f32(in[0], "x");
-    Group &group = joined();
-    const StepTokens tokens = tokens_of(in[1], group, in[0]);
-    write_round(begin_dispatch(group, tokens, in[0].as<float>(), in[0].dim(1)), out);
   }
 };
 

@@ -17,7 +17,8 @@ struct MoeRouteOp {
 
   explicit MoeRouteOp(const Attributes &a)
       : scoring(Scoring::softmax), renormalize(a.flag("renormalize")), balanced(a.flag("balanced")),
-        top_k(a.integer("top_k")), groups(a.integer("num_expert_group")), topk_groups(a.integer("topk_group")), scale(a.number("scale")) {
+        top_k(a.integer("top_k")), groups(a.integer("num_expert_group")), topk_groups(a.integer("topk_group")),
+        scale(a.number("scale")) {
     const std::string text = a.text("scoring");
     if (text == "sigmoid") scoring = Scoring::sigmoid;
     require(text == "softmax" || text == "sigmoid", "unknown scoring '", text, "'");
