@@ -7,7 +7,7 @@
 
 namespace vllm_ms {
 
-bool columns_supported() { return isa() == Isa::avx512; }
+bool columns_supported() { return isa() == Isa::avx512 || isa() == Isa::avx2; }
 
 void arrange_columns(bf16 *weight, int64_t matrices, int64_t n, int64_t k, bool back) {
   struct Pair {

@@ -1,5 +1,5 @@
-// Weights [n, k] of bf16 arranged in columns: the order in which AVX512-BF16's products of pairs read them, an output
-// column a lane, so that no sum runs over lanes.
+// Weights [n, k] of bf16 arranged in columns: the order in which products of pairs read them, an output column a lane,
+// so that no sum runs over lanes.
 //
 // Every group of kColumnGroup rows (the last may have fewer) stays where it is in memory. Within it come the pairs of k,
 // and of each pair the elements of all rows: [k / 2][rows of the group][2]. k is even.

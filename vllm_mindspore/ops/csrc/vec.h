@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -206,6 +207,15 @@ VLLM_MS_INLINE float hmax(Vec v) {
   float result = lanes[0];
   for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
   return result;
+}
+
+// Calls function(std::integral_constant<int, count>) for a count of 1 to `Most`.
+template <int Most, class F>
+VLLM_MS_INLINE void with_count(int64_t count, F function) {
+  if constexpr (Most > 0) {
+    if (count == Most) return function(std::integral_constant<int, Most>());
+    with_count<Most - 1>(count, function);
+  }
 }
 
 }  // namespace VLLM_MS_ISA

@@ -1,28 +1,26 @@
-// tile_product.h's products for weights in columns (columns.h), also coded ones (coded.h). A lane adds the
-// products of its column's pairs with k ascending, however many tokens there are.
+// tile_product.h's products for weights in columns (columns.h), also coded ones (coded.h). A lane adds the products of
+// its column with k ascending, however many tokens there are. What an instruction set does is in column_avx2.h and
+// column_avx512.h.
 #pragma once
 
 #include "../coded.h"
 #include "tile_product.h"
 
+#if defined(__AVX2__)
+#define VLLM_MS_COLUMNS  // the variant has these products
+
 #if defined(__AVX512BF16__)
+#include "column_avx512.h"
+#else
+#include "column_avx2.h"
+#endif
 
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 
-template <>
-struct Packed<bf16_columns> {
-  using Type = bf16;
-  static constexpr int kStep = 2 * kLanes;
-};
-template <>
-struct Packed<bf16_coded> : Packed<bf16_columns> {};
-
-constexpr int kColumnTokens = 12;        // at once, with two groups of columns: 24 sums in registers
-constexpr int64_t kColumnPanel = 4096;   // elements of k of a block, to stay in the second-level cache
 constexpr int64_t kKeepPasses = 6;       // from here on the first pass over coded weights writes down what it decodes
 constexpr int64_t kPrefetchDepth = 32;   // elements of k between two prefetches
-static_assert(kUp == kColumnGroup && kLanes == kColumnGroup, "a group of rows is a vector of columns");
+static_assert(kUp == kColumnGroup, "gate and up are a group of columns each");
 
 // The block that comes next, to be brought into the second-level cache in equal shares, in the order of its addresses.
 class NextBlock {
@@ -63,32 +61,33 @@ class NextBlock {
 };
 
 // Groups of a block: both whole, or one of up to 16 columns. After start(k), read<i>() gives the pairs of k for a k that
-// is 2 * i more than a multiple of kDepth, by ascending k.
+// is 2 * i more than a multiple of kDepth, by ascending k. one(group) is one of them alone.
+template <int Count>
 struct WholeGroups {
-  static constexpr int kCount = 2, kDepth = 2;
-  const bf16_columns *first[2];
+  static constexpr int kCount = Count, kDepth = 2;
+  const bf16_columns *first[Count];
 
-  explicit WholeGroups(const BlockRows<bf16_columns> &block) : first{block.first[0], block.first[1]} {}
   void start(int64_t) {}
   template <int>
-  void read(int64_t k, __m512bh (&pairs)[2]) {
-    for (int group = 0; group < 2; ++group) pairs[group] = load_pairs(first[group] + k * kColumnGroup);
+  void read(int64_t k, ColumnPairs (&pairs)[Count]) {
+#pragma GCC unroll 2
+    for (int group = 0; group < Count; ++group) pairs[group] = ColumnPairs::load(first[group] + k * kColumnGroup);
   }
+  WholeGroups<1> one(int group) const { return {{first[group]}}; }
 };
 
 struct PartialGroup {
   static constexpr int kCount = 1, kDepth = 2;
   const bf16_columns *first;
   int64_t rows;
-  __mmask16 lanes;
 
-  PartialGroup(const BlockRows<bf16_columns> &block, int group)
-      : first(block.first[group]), rows(block.count[group]), lanes(static_cast<__mmask16>((1u << rows) - 1)) {}
+  PartialGroup(const BlockRows<bf16_columns> &block, int group) : first(block.first[group]), rows(block.count[group]) {}
   void start(int64_t) {}
   template <int>
-  void read(int64_t k, __m512bh (&pairs)[1]) {
-    pairs[0] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi32(lanes, first + k * rows));
+  void read(int64_t k, ColumnPairs (&pairs)[1]) {
+    pairs[0] = ColumnPairs::load_part(first + k * rows, rows);
   }
+  PartialGroup one(int) const { return *this; }
 };
 
 // `Count` groups with coded upper bytes. Keep: what is read is also written to `decoded`, in columns.
@@ -97,10 +96,11 @@ struct CodedGroups {
   static constexpr int kCount = Count, kDepth = kOctet;
   bf16_columns *decoded[Count];
   const uint8_t *lower[Count], *codes[Count];
-  __m512i upper[Count];
+  UpperBytes upper[Count];
   const CodedException *exceptions[Count], *next[Count];
   int64_t next_k;  // of the first pair that has an exception
 
+  CodedGroups() = default;
   CodedGroups(const bf16_coded *const *first, int64_t k, bf16_columns *scratch) {
 #pragma GCC unroll 2
     for (int group = 0; group < Count; ++group) {
@@ -108,7 +108,7 @@ struct CodedGroups {
       const CodedGroup coded(first[group], k);
       lower[group] = coded.lower;
       codes[group] = coded.codes;
-      upper[group] = _mm512_loadu_si512(coded.upper);
+      upper[group] = load_upper_bytes(coded.upper);
       exceptions[group] = coded.exceptions;
     }
   }
@@ -119,34 +119,36 @@ struct CodedGroups {
     }
     find_next();
   }
-  // Every other byte of what is loaded belongs to another pair: it is where the upper byte goes, or an index for a byte
-  // that stays.
   template <int I>
-  __attribute__((always_inline)) void read(int64_t k, __m512bh (&pairs)[Count]) {
-    constexpr __mmask64 kUppers = 0xaaaaaaaaaaaaaaaa;
+  __attribute__((always_inline)) void read(int64_t k, ColumnPairs (&pairs)[Count]) {
 #pragma GCC unroll 2
     for (int group = 0; group < Count; ++group) {
-      const __m512i lowers = _mm512_loadu_si512(lower[group] + (k - I % 2 * 2) * kColumnGroup + I % 2);
-      __m512i code = _mm512_loadu_si512(codes[group] + (k - 2 * I) * (kColumnGroup / 2) - I % 2);
-      if constexpr (I >= 2) code = _mm512_srli_epi16(code, 4);
-      pairs[group] = reinterpret_cast<__m512bh>(_mm512_mask_permutexvar_epi8(lowers, kUppers, code, upper[group]));
+      pairs[group] = ColumnPairs::decode<I>(lower[group] + (k - I % 2 * 2) * kColumnGroup + I % 2,
+                                            codes[group] + (k - 2 * I) * (kColumnGroup / 2) - I % 2, upper[group]);
     }
     if (__builtin_expect(k == next_k, 0)) {
 #pragma GCC unroll 2
       for (int group = 0; group < Count; ++group) {
         alignas(64) uint16_t elements[kPairElements];
-        _mm512_store_si512(elements, reinterpret_cast<__m512i>(pairs[group]));
+        pairs[group].store(elements);
         for (; next[group]->k == k; ++next[group]) elements[next[group]->place] = next[group]->bits;
-        pairs[group] = load_pairs(elements);
+        pairs[group] = ColumnPairs::load(elements);
       }
       find_next();
     }
     if constexpr (Keep) {
 #pragma GCC unroll 2
-      for (int group = 0; group < Count; ++group) {
-        _mm512_store_si512(decoded[group] + k * kColumnGroup, reinterpret_cast<__m512i>(pairs[group]));
-      }
+      for (int group = 0; group < Count; ++group) pairs[group].store(decoded[group] + k * kColumnGroup);
     }
+  }
+  CodedGroups<1, Keep> one(int group) const {
+    CodedGroups<1, Keep> result;
+    result.decoded[0] = decoded[group];
+    result.lower[0] = lower[group];
+    result.codes[0] = codes[group];
+    result.upper[0] = upper[group];
+    result.exceptions[0] = exceptions[group];
+    return result;
   }
 
  private:
@@ -158,32 +160,35 @@ struct CodedGroups {
 
 // sums += the products of the pairs that read<I>() gives with those of `MT` tokens.
 template <int MT, int I, class Groups>
-VLLM_MS_INLINE void multiply_pairs(Groups &groups, int64_t k, const bf16 *(&bases)[(MT + 2) / 3], int64_t stride,
-                                   Vec (&sum)[MT][Groups::kCount]) {
-  __m512bh weights[Groups::kCount];
+VLLM_MS_INLINE void multiply_pairs(Groups &groups, int64_t k, const ColumnInput *(&bases)[(MT + 2) / 3], int64_t stride,
+                                   ColumnSums (&sum)[MT][Groups::kCount]) {
+  ColumnPairs weights[Groups::kCount];
   groups.template read<I>(k, weights);
-#pragma GCC unroll 12
-  for (int j = 0; j < MT; ++j) {
-    const __m512bh pair = repeat_pair(bases[j / 3] + j % 3 * stride);
-    for (int g = 0; g < Groups::kCount; ++g) sum[j][g] = dot_pairs(weights[g], pair, sum[j][g]);
-  }
+  add_products<MT, Groups::kCount>(weights, bases, stride, sum);
 #pragma GCC unroll 4
   for (int b = 0; b < (MT + 2) / 3; ++b) bases[b] += 2;
 }
 
 // sums of `MT` tokens from `token` on += the products of elements [begin, end) of k.
 template <int MT, class Groups>
-void multiply_columns(Groups groups, const PackedRows<bf16> &x, int64_t token, int64_t begin, int64_t end,
+void multiply_columns(Groups groups, const PackedRows<ColumnInput> &x, int64_t token, int64_t begin, int64_t end,
                       NextBlock &next, float *sums) {
   constexpr int kBases = (MT + 2) / 3;  // a pointer for every 3 tokens: one for each does not fit into the registers
-  const bf16 *bases[kBases];
+  const ColumnInput *bases[kBases];
 #pragma GCC unroll 4
   for (int b = 0; b < kBases; ++b) bases[b] = x.row(token + 3 * b) + begin;
-  Vec sum[MT][Groups::kCount];
+  ColumnSums sum[MT][Groups::kCount];
   float *saved = sums + token * kBlock;
 #pragma GCC unroll 12
   for (int j = 0; j < MT; ++j) {
-    for (int g = 0; g < Groups::kCount; ++g) sum[j][g] = begin == 0 ? zero() : load(saved + j * kBlock + g * kUp);
+#pragma GCC unroll 2
+    for (int g = 0; g < Groups::kCount; ++g) {
+      if (begin == 0) {
+        sum[j][g].clear();
+      } else {
+        sum[j][g].load(saved + j * kBlock + g * kUp);
+      }
+    }
   }
   groups.start(begin);
   for (int64_t step = begin; step < end; step += kPrefetchDepth) {
@@ -200,57 +205,92 @@ void multiply_columns(Groups groups, const PackedRows<bf16> &x, int64_t token, i
   }
 #pragma GCC unroll 12
   for (int j = 0; j < MT; ++j) {
-    for (int g = 0; g < Groups::kCount; ++g) store(saved + j * kBlock + g * kUp, sum[j][g]);
+#pragma GCC unroll 2
+    for (int g = 0; g < Groups::kCount; ++g) sum[j][g].store(saved + j * kBlock + g * kUp);
   }
 }
 
-inline int64_t column_passes(const PackedRows<bf16> &x) { return (x.count + kColumnTokens - 1) / kColumnTokens; }
+// Whether the sums of so many tokens with both groups fit into the registers.
+constexpr bool groups_together(int64_t tokens) { return 2 * tokens <= kColumnSums; }
 
-// first: the groups as the first pass over the tokens reads them, which may make them what the `others` read.
-template <class First, class Others>
-void multiply_groups(const First &first, const Others &others, int64_t k, const PackedRows<bf16> &x, NextBlock &next,
-                     float *sums) {
-  const int64_t passes = column_passes(x);
-  for (int64_t begin = 0; begin == 0 || begin < k; begin += kColumnPanel) {
-    const int64_t end = min64(begin + kColumnPanel, k);
-    for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
-      const int64_t count = (x.count - token + passes - pass - 1) / (passes - pass);
-      with_count<kColumnTokens>(count, [&](auto tokens) {
-        if (pass == 0) {
-          multiply_columns<tokens()>(first, x, token, begin, end, next, sums);
-        } else {
-          multiply_columns<tokens()>(others, x, token, begin, end, next, sums);
-        }
-      });
-      token += count;
+// As multiply_columns, both groups together or one after the other.
+template <int MT, class Groups>
+VLLM_MS_INLINE void multiply_pass(const Groups &groups, const PackedRows<ColumnInput> &x, int64_t token, int64_t begin,
+                                  int64_t end, NextBlock &next, float *sums) {
+  if constexpr (Groups::kCount == 1 || groups_together(MT)) {
+    multiply_columns<MT>(groups, x, token, begin, end, next, sums);
+  } else {
+    for (int group = 0; group < 2; ++group) {
+      multiply_columns<MT>(groups.one(group), x, token, begin, end, next, sums + group * kUp);
     }
   }
 }
 
-// How often a block's groups will ask for some of the next one.
-inline int64_t prefetch_shares(const PackedRows<bf16> &x, int64_t k) {
-  return column_passes(x) * ((k + kPrefetchDepth - 1) / kPrefetchDepth);
+// The tokens in passes of equally many, or one more.
+class Passes {
+ public:
+  explicit Passes(int64_t tokens) : tokens_(tokens), count_((tokens + kColumnTokens - 1) / kColumnTokens) {}
+  int64_t count() const { return count_; }
+  // f(pass, first token, tokens)
+  template <class F>
+  __attribute__((always_inline)) void for_each(F f) const {
+    for (int64_t pass = 0, token = 0; pass < count_; ++pass) {
+      const int64_t tokens = (tokens_ - token + count_ - pass - 1) / (count_ - pass);
+      f(pass, token, tokens);
+      token += tokens;
+    }
+  }
+  // How often `groups` groups of k will ask for some of the next block.
+  int64_t prefetch_shares(int groups, int64_t k) const {
+    int64_t calls = 0;
+    for_each([&](int64_t, int64_t, int64_t tokens) { calls += groups_together(tokens) ? 1 : groups; });
+    return calls * ((k + kPrefetchDepth - 1) / kPrefetchDepth);
+  }
+
+ private:
+  int64_t tokens_, count_;
+};
+
+// first: the groups as the first pass over the tokens reads them, which may make them what the `others` read.
+template <class First, class Others>
+void multiply_groups(const First &first, const Others &others, int64_t k, const PackedRows<ColumnInput> &x,
+                     NextBlock &next, float *sums) {
+  const Passes passes(x.count);
+  for (int64_t begin = 0; begin == 0 || begin < k; begin += kColumnPanel) {
+    const int64_t end = min64(begin + kColumnPanel, k);
+    passes.for_each([&](int64_t pass, int64_t token, int64_t count) {
+      with_count<kColumnTokens>(count, [&](auto tokens) {
+        if (pass == 0) {
+          multiply_pass<tokens()>(first, x, token, begin, end, next, sums);
+        } else {
+          multiply_pass<tokens()>(others, x, token, begin, end, next, sums);
+        }
+      });
+    });
+  }
 }
 
-inline void multiply_block(const BlockRows<bf16_columns> &block, const PackedRows<bf16> &x, float *sums) {
+inline void multiply_block(const BlockRows<bf16_columns> &block, const PackedRows<ColumnInput> &x, float *sums) {
+  const Passes passes(x.count);
   if (block.count[0] == kColumnGroup && block.count[1] == kColumnGroup) {
-    NextBlock next(block, prefetch_shares(x, block.k));
-    const WholeGroups groups(block);
+    NextBlock next(block, passes.prefetch_shares(2, block.k));
+    const WholeGroups<2> groups{{block.first[0], block.first[1]}};
     return multiply_groups(groups, groups, block.k, x, next, sums);
   }
-  NextBlock next(block, prefetch_shares(x, block.k) * block.groups());
+  NextBlock next(block, passes.prefetch_shares(1, block.k) * block.groups());
   for (int group = 0; group < block.groups(); ++group) {
     const PartialGroup groups(block, group);
     multiply_groups(groups, groups, block.k, x, next, sums + group * kUp);
   }
 }
 
-inline void multiply_block(const BlockRows<bf16_coded> &block, const PackedRows<bf16> &x, float *sums) {
-  NextBlock next(block, prefetch_shares(x, block.k));
+inline void multiply_block(const BlockRows<bf16_coded> &block, const PackedRows<ColumnInput> &x, float *sums) {
+  const Passes passes(x.count);
+  NextBlock next(block, passes.prefetch_shares(block.groups(), block.k));
   const auto multiply = [&](const auto &first, const auto &others) {
     multiply_groups(first, others, block.k, x, next, sums);
   };
-  if (column_passes(x) < kKeepPasses) {
+  if (passes.count() < kKeepPasses) {
     const CodedGroups<1, false> one(block.first, block.k, nullptr);
     if (block.groups() == 1) return multiply(one, one);
     const CodedGroups<2, false> both(block.first, block.k, nullptr);
@@ -259,9 +299,8 @@ inline void multiply_block(const BlockRows<bf16_coded> &block, const PackedRows<
   const int64_t elements = kColumnGroup * block.k;
   const Scratch scratch(block.groups() * elements * sizeof(bf16));
   bf16_columns *decoded = scratch.as<bf16_columns>();
-  const BlockRows<bf16_columns> plain{{decoded, decoded + elements}, {block.count[0], block.count[1]}, 1, block.k, 0};
-  if (block.groups() == 1) return multiply(CodedGroups<1, true>(block.first, block.k, decoded), PartialGroup(plain, 0));
-  multiply(CodedGroups<2, true>(block.first, block.k, decoded), WholeGroups(plain));
+  if (block.groups() == 1) return multiply(CodedGroups<1, true>(block.first, block.k, decoded), WholeGroups<1>{{decoded}});
+  multiply(CodedGroups<2, true>(block.first, block.k, decoded), WholeGroups<2>{{decoded, decoded + elements}});
 }
 
 }  // namespace VLLM_MS_ISA

@@ -52,7 +52,7 @@ void run(const LinearArgs &args) {
 
 void linear(const LinearArgs &args) {
   if (args.m == 0 || args.n == 0) return;
-#if defined(__AVX512BF16__)
+#if defined(VLLM_MS_COLUMNS)
   if (args.weight.dtype == DType::bf16_columns) return run<bf16_columns>(args);
   if (args.weight.dtype == DType::bf16_coded) return run<bf16_coded>(args);
 #endif

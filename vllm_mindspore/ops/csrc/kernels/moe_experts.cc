@@ -220,7 +220,7 @@ void run(const MoeExpertsArgs &args) {
 
 void moe_experts(const MoeExpertsArgs &args) {
   if (args.tokens == 0 || args.width == 0) return;
-#if defined(__AVX512BF16__)
+#if defined(VLLM_MS_COLUMNS)
   if (args.w13.dtype == DType::bf16_columns) return run<bf16_columns>(args);
   if (args.w13.dtype == DType::bf16_coded) return run<bf16_coded>(args);
 #endif

@@ -78,15 +78,6 @@ VLLM_MS_INLINE Vec dot_pairs(__m512bh a, __m512bh b, Vec sum) {
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
 }
 
-// Calls function(std::integral_constant<int, count>) for a count of 1 to `Most`.
-template <int Most, class F>
-VLLM_MS_INLINE void with_count(int64_t count, F function) {
-  if constexpr (Most > 0) {
-    if (count == Most) return function(std::integral_constant<int, Most>());
-    with_count<Most - 1>(count, function);
-  }
-}
-
 // To bf16 by the processor's own rounding, which takes subnormal numbers for zero.
 VLLM_MS_INLINE void store_rounded(bf16 *p, Vec v) {
   const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
