@@ -14,7 +14,7 @@ ARGS =
 
 export PYTHON VENV VLLM HOST PORT
 
-.PHONY: help serve test test-slow bench bench-step bench-growth bench-kernels support-table lint setup setup-test env clean
+.PHONY: help serve test test-slow bench bench-step bench-growth bench-kernels support-table layout-table lint setup setup-test env clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 4
@@ -60,6 +60,9 @@ bench-kernels: setup-test
 
 support-table: setup-test
 	@VLLM_MS_SUPPORT_TABLE=README.md $(VENV)/bin/python -m pytest -m '' tests/models/test_parity.py $(ARGS)
+
+layout-table: setup-test
+	@VLLM_MS_LAYOUT_TABLE=docs/parallelism.md $(VENV)/bin/python -m pytest -m '' tests/distributed -k 'tokens_equal_the_reference or tokens_of_one_process' $(ARGS)
 
 lint: setup-test
 	@$(VENV)/bin/ruff check .

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.figures import save
-from vllm_mindspore.ops import build
+from tests.bench.native import built
 
-FOLDER = Path(__file__).parent
 FAMILIES = ("linear", "experts", "quantized", "attention", "latents", "rows")
 PEAKS = re.compile(r"peaks: read ([\d.]+) GB/s, .*?([\d.]+) GFLOP/s")
 KERNEL = re.compile(r"(?P<name>.+?) +[\d.]+ us +(?P<bytes>[\d.]+) GB/s +(?P<operations>[\d.]+) GFLOP/s")
@@ -29,20 +28,6 @@ class Kernel:
     name: str
     bytes: float
     operations: float
-
-
-def built() -> Path:
-    """The program that measures, from the kernels' sources as they are."""
-    build.build(verbose=False)
-    compiler = build.Compiler.find()
-    kernels = build.kernel_jobs(compiler, build.LIB / "objects")
-    build.compile_all(kernels, compiler)
-    driver = build.LIB / "bench-kernels"
-    flags = [*build.COMMON_FLAGS, "-march=native", *build.isa_macros(compiler.isa_flags()), f"-I{build.CSRC}"]
-    objects = [str(job.object_file) for job in kernels]
-    command = [*compiler.command, *flags, str(FOLDER / "kernels.cc"), *objects, "-pthread", "-o", str(driver)]
-    subprocess.run(command, check=True)
-    return driver
 
 
 def draw(lines: list[str], file: Path) -> None:
@@ -78,7 +63,7 @@ def main() -> int:
     parser.add_argument("family", nargs="?", choices=FAMILIES)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    command = [str(built()), *([options.family] if options.family else [])]
+    command = [str(built("kernels.cc")), *([options.family] if options.family else [])]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:

@@ -6,6 +6,7 @@ from tests.distributed.layouts import served_greedy, server
 from tests.models.reference import MAX_TOKENS, PROMPTS, reference
 
 EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
+SHORT = {TENSORS: "TP 2", EXPERTS: "EP"}
 # `make test-slow` runs all.
 FIRST = [("parallel-qwen3-moe", 2, EXPERTS)]
 LAYOUTS = [
@@ -23,12 +24,13 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [layout if layout in FIRST else pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS],
-    ids=lambda layout: " ".join(map(str, layout)),
+    "ranks",
+    [ranks if ranks in FIRST else pytest.param(ranks, marks=pytest.mark.slow) for ranks in LAYOUTS],
+    ids=lambda ranks: " ".join(map(str, ranks)),
 )
-def test_a_server_gives_the_tokens_of_one_process(layout, tmp_path):
-    name, engines, *options = layout
+def test_a_server_gives_the_tokens_of_one_process(ranks, tmp_path, layout):
+    name, engines, *options = ranks
+    layout(name, ", ".join([f"DP {engines}", *(SHORT[option] for option in SHORT if option in options)]))
     expected = reference(name).generate(PROMPTS)
     with server(name, tmp_path / "server.log", f"--data-parallel-size={engines}", *options) as running:
         assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected, "uneven numbers of tokens on all ranks"

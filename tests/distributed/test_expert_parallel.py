@@ -20,7 +20,8 @@ LAYOUTS = [(name, ranks) for name in WITH_EXPERTS for ranks in (2, 4)]
     ("name", "ranks"),
     [layout if layout in FIRST else pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS],
 )
-def test_float32_tokens_equal_the_reference(name, ranks):
+def test_float32_tokens_equal_the_reference(name, ranks, layout):
+    layout(name, f"TP {ranks}, EP")
     with engine(name, tensor_parallel_size=ranks, enable_expert_parallel=True) as llm:
         assert greedy(llm, PROMPTS, MAX_TOKENS) == reference(name).generate(PROMPTS)
         statistics, tokens = llm.collective_rpc("graph_statistics"), llm.collective_rpc("tokens_of_experts")

@@ -13,8 +13,11 @@ NAME = "parallel-deepseek-v3"
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(enable_expert_parallel=True), dict(enable_expert_parallel=True, enable_ep_weight_filter=True)],
-    ids=["parts of experts", "some experts", "some experts are read"],
+    [
+        pytest.param({}, id="parts of experts", marks=pytest.mark.slow),
+        pytest.param(dict(enable_expert_parallel=True), id="some experts", marks=pytest.mark.slow),
+        pytest.param(dict(enable_expert_parallel=True, enable_ep_weight_filter=True), id="some experts are read"),
+    ],
 )
 def test_tokens_of_two_ranks_equal_the_reference(options, tmp_path):
     in_fp8, exact = fp8.write(tmp_path, checkpoint(NAME), fp8.BLOCKS)

@@ -23,7 +23,8 @@ LAYOUTS = [
     ("name", "stages", "ranks"),
     [layout if layout in FIRST else pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS],
 )
-def test_float32_tokens_equal_the_reference(name, stages, ranks):
+def test_float32_tokens_equal_the_reference(name, stages, ranks, layout):
+    layout(name, f"PP {stages}" + (f", TP {ranks}" if ranks > 1 else ""))
     with engine(name, pipeline_parallel_size=stages, tensor_parallel_size=ranks) as llm:
         assert greedy(llm, PROMPTS, MAX_TOKENS) == reference(name).generate(PROMPTS)
         counts = llm.collective_rpc("graph_statistics")

@@ -86,6 +86,7 @@ def start(*arguments: object) -> tuple[int, str]:
     return finished.returncode, finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(written, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_MS_CACHE_DIR", str(tmp_path))
     found = []

@@ -27,10 +27,16 @@ def start(cache_directory: Path, **environment: str) -> tuple[dict, str]:
     return json.loads(finished.stdout.splitlines()[-1]), finished.stdout + finished.stderr
 
 
-def test_the_second_start_captures_and_compiles_nothing(cache_directory):
-    first, log = start(cache_directory)
+@pytest.fixture(scope="module")
+def first(cache_directory) -> dict:
+    """The start that fills the cache."""
+    found, log = start(cache_directory)
     assert "captured in" in log
-    assert [(graph["compiles"], graph["loads"]) for graph in first["graphs"].values()] == [(1, 0), (1, 0)]
+    assert [(graph["compiles"], graph["loads"]) for graph in found["graphs"].values()] == [(1, 0), (1, 0)]
+    return found
+
+
+def test_the_second_start_captures_and_compiles_nothing(cache_directory, first):
     second, log = start(cache_directory)
     assert "captured in" not in log
     assert [(graph["compiles"], graph["loads"]) for graph in second["graphs"].values()] == [(0, 1), (0, 1)]
@@ -38,23 +44,21 @@ def test_the_second_start_captures_and_compiles_nothing(cache_directory):
 
 
 @pytest.mark.parametrize("name", ["model.py", "compile_cache_0.mindir", "graphs.json"])
-def test_a_damaged_entry_is_built_again_and_serves_the_same_tokens(cache_directory, name):
-    before, _ = start(cache_directory)
-    entry = Path(before["sources"][0]).parent
+def test_a_damaged_entry_is_built_again_and_serves_the_same_tokens(cache_directory, first, name):
+    entry = Path(first["sources"][0]).parent
     (damaged,) = entry.rglob(name)
     damaged.write_bytes(damaged.read_bytes()[:-7] + b"damaged")
     after, log = start(cache_directory)
     assert "building it again" in log and name in log
     assert [graph["compiles"] for graph in after["graphs"].values()] == [1, 1]
-    assert after["tokens"] == before["tokens"]
+    assert after["tokens"] == first["tokens"]
 
 
-def test_other_passes_are_another_entry(cache_directory):
-    fused, _ = start(cache_directory)
+def test_other_passes_are_another_entry(cache_directory, first):
     unfused, log = start(cache_directory, VLLM_MS_DISABLE_PASSES="fuse_attention,fuse_norm,fuse_residual")
     assert "captured in" in log
-    assert Path(unfused["sources"][0]).parent != Path(fused["sources"][0]).parent
-    assert unfused["tokens"] == fused["tokens"]
+    assert Path(unfused["sources"][0]).parent != Path(first["sources"][0]).parent
+    assert unfused["tokens"] == first["tokens"]
 
 
 def test_a_disabled_cache_compiles_every_time(cache_directory):
@@ -63,7 +67,7 @@ def test_a_disabled_cache_compiles_every_time(cache_directory):
     assert [graph["compiles"] for graph in found["graphs"].values()] == [1, 1]
 
 
+@pytest.mark.usefixtures("first")
 def test_no_file_of_the_cache_is_a_pickle(cache_directory):
-    start(cache_directory)
     kinds = {path.suffix for path in cache_directory.rglob("*") if path.is_file() and not path.name.startswith(".")}
     assert kinds <= {".py", ".json", ".mindir", ".hash", ".safetensors", ".pyc"}

@@ -14,6 +14,7 @@ FILES = ["test_linear.py", "test_quantized.py", "test_norm.py", "test_activation
 FILES += ["test_pointwise.py", "test_moe.py", "test_moe_route.py", "test_sampling.py"]
 
 
+@pytest.mark.slow  # tests/ops/native tests the kernels of all instruction sets
 @pytest.mark.skipif("VLLM_MS_CPU_ISA" in os.environ, reason="an instruction set is chosen already")
 @pytest.mark.parametrize("isa", lower_instruction_sets())
 def test_operators_with(isa):
