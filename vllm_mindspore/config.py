@@ -35,6 +35,7 @@ def check_and_update(vllm_config) -> None:
     _refuse_quantized_loading(vllm_config)
     if vllm_config.model_config is not None:
         _refuse_model(vllm_config.model_config)
+        _refuse_expert_parallelism(vllm_config.model_config, vllm_config.parallel_config)
     _update(vllm_config)
 
 
@@ -142,6 +143,19 @@ def _refuse_model(model_config) -> None:
         )
     if model_config.enable_sleep_mode:
         raise UnsupportedOptionError("--enable-sleep-mode", True, "an engine that stays awake", "Leave it out.")
+
+
+def _refuse_expert_parallelism(model_config, parallel_config) -> None:
+    if not parallel_config.enable_expert_parallel or model_config.architecture != "GptOssForCausalLM":
+        return
+    experts = model_config.hf_text_config.num_local_experts
+    ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
+    if experts % ranks:  # vLLM's loader of this model gives every rank as many
+        raise UnsupportedOptionError(
+            f"--enable-expert-parallel ({model_config.model})", f"{experts} experts on {ranks} ranks",
+            f"for {model_config.architecture} a number of experts that the ranks divide",
+            "Leave the option out, or use other numbers of ranks.",
+        )  # fmt: skip
 
 
 def _update(vllm_config) -> None:

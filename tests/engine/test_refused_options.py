@@ -75,6 +75,14 @@ def test_unsupported_model(kind, configure, tmp_path):
         configure(folder, skip_tokenizer_init=True)
 
 
+def test_experts_that_a_loader_cannot_spread(configure):
+    """gpt-oss with seven experts: its loader gives every rank as many."""
+    model, options = checkpoint("parallel-gpt-oss"), dict(tensor_parallel_size=2)
+    assert configure(model, **options).parallel_config.tensor_parallel_size == 2
+    with pytest.raises(ValueError, match=r"--enable-expert-parallel .*found 7 experts on 2 ranks"):
+        configure(model, **options, enable_expert_parallel=True)
+
+
 def test_supported_configuration_is_accepted(configure):
     """The tests above would also pass if everything were refused."""
     config = configure(checkpoint("qwen3"))
