@@ -57,22 +57,31 @@ void measure(Group &group) {
     }
     const StepTokens tokens(ranks.data(), size * rows, static_cast<int>(size));
     const ExpertHolders holders{1, 1, 0};
-    const std::pair<const char *, std::function<void()>> kinds[] = {
-        {"copy", [&] { std::memcpy(out.data(), x.data(), bytes); }},
-        {"all_reduce", [&] { group.all_reduce(x.data(), count, DType::f32, out.data()); }},
-        {"all_gather", [&] { group.all_gather(x.data(), 1, count, DType::f32, out.data()); }},
-        {"reduce_scatter", [&] { group.reduce_scatter(x.data(), 1, count / size, DType::f32, out.data()); }},
-        {"all_to_all", [&] {
+    struct Kind {
+      const char *name;
+      int64_t result;  // bytes
+      std::function<void()> call;
+    };
+    const Kind kinds[] = {
+        {"all_reduce", bytes, [&] { group.all_reduce(x.data(), count, DType::f32, out.data()); }},
+        {"all_gather", bytes * size, [&] { group.all_gather(x.data(), 1, count, DType::f32, out.data()); }},
+        {"reduce_scatter", bytes / size,
+         [&] { group.reduce_scatter(x.data(), 1, count / size, DType::f32, out.data()); }},
+        {"all_to_all", bytes * size, [&] {
            const uint32_t round = begin_dispatch(group, tokens, x.data(), kWidth);
            end_dispatch(group, round, tokens, holders, routing.data(), 1, x.data(), kWidth, out.data());
          }}};
-    double copy = 0;
-    for (const auto &[name, call] : kinds) {
-      const double seconds = median_seconds(group, std::clamp<int64_t>((64 << 20) / bytes, 30, 2000), call);
-      if (copy == 0) copy = seconds;
+    for (const auto &[name, result, call] : kinds) {
+      const int64_t times = std::clamp<int64_t>((64 << 20) / bytes, 30, 2000), moved = std::max(bytes, result);
+      const double copy = median_seconds(group, times, [&] {
+        for (int64_t done = 0; done < moved; done += bytes) {
+          std::memcpy(reinterpret_cast<char *>(out.data()) + done, x.data(), bytes);
+        }
+      });
+      const double seconds = median_seconds(group, times, call);
       if (group.rank() != 0) continue;
-      std::printf("%-15s %7ld KiB %10.1f us %7.2f GB/s %6.2f of a copy\n", name, static_cast<long>(bytes >> 10),
-                  seconds * 1e6, bytes / seconds * 1e-9, copy / seconds);
+      std::printf("%-15s %6ld KiB to %6ld %10.1f us %7.2f GB/s %6.2f of a copy\n", name, bytes >> 10, result >> 10,
+                  seconds * 1e6, moved / seconds * 1e-9, copy / seconds);
       std::fflush(stdout);
     }
   }

@@ -1,7 +1,8 @@
 """Collectives between processes of this host, beside a plain copy: `python -m tests.bench.collectives [--ranks 2]`.
 
-Each rank has a CPU of its own and one thread. Prints the median time of a call as the graph's operators make it, the
-bytes of one rank a second, and the time of a copy of as many bytes, made by all ranks at once, over that of the call.
+Each rank has a CPU of its own and one thread. Prints the median time of a call as the graph's operators make it, what a
+rank gives and gets, the larger of the two a second, and the time of copying as much, made by all ranks at once, over
+that of the call.
 """
 
 import argparse

@@ -77,7 +77,7 @@ void Group::all_gather(const void *x, int64_t outer, int64_t inner, DType dtype,
       const char *from = slot(other, round);
       for_elements(end - begin, bytes, [&](int64_t first, int64_t last) {
         for_runs(begin + first, begin + last, other, size(), inner, [&](int64_t to, int64_t at, int64_t n) {
-          std::memcpy(static_cast<char *>(out) + to * bytes, from + (first + at) * bytes, n * bytes);
+          copy_bytes({static_cast<char *>(out) + to * bytes, from + (first + at) * bytes, n * bytes});
         });
       });
     }

@@ -23,7 +23,8 @@ void for_rows(int64_t begin, int64_t end, int64_t width, F f) {
                });
 }
 
-void copy_row(const float *from, int64_t width, float *to) { std::memcpy(to, from, row_bytes(width)); }
+void write_row(const float *from, int64_t width, float *slot) { std::memcpy(slot, from, row_bytes(width)); }
+void read_row(const float *from, int64_t width, float *out) { copy_bytes({out, from, row_bytes(width)}); }
 
 // Rows that fit into a slot.
 int64_t rows_per_round(const Group &group, int64_t width) {
@@ -38,7 +39,7 @@ uint32_t post_rows(Group &group, Collective kind, const StepTokens &tokens, cons
   const int64_t count = tokens.count[group.rank()], end = std::min(count, begin + rows_per_round(group, width));
   return group.post(kind, count * row_bytes(width), [&](char *slot) {
     for_rows(begin, end, width, [&](int64_t row) {
-      copy_row(x + row * width, width, reinterpret_cast<float *>(slot) + (row - begin) * width);
+      write_row(x + row * width, width, reinterpret_cast<float *>(slot) + (row - begin) * width);
     });
   });
 }
@@ -49,7 +50,7 @@ void take_rows(Group &group, Collective kind, uint32_t round, const StepTokens &
                float *out, Wanted wanted) {
   const auto fill = [&](int64_t token, const float *row) {
     if (wanted(token)) {
-      copy_row(row, width, out + token * width);
+      read_row(row, width, out + token * width);
     } else {
       std::memset(out + token * width, 0, row_bytes(width));
     }
@@ -80,7 +81,7 @@ uint32_t post_results(Group &group, const StepTokens &tokens, const ExpertHolder
     for_rows(begin, end, width, [&](int64_t token) {
       const bool own = token >= mine && token < after_mine;
       if (own || !holders.any(group.rank(), routing + token * 2 * top_k, top_k)) return;
-      copy_row(y + token * width, width, reinterpret_cast<float *>(slot) + (token - begin) * width);
+      write_row(y + token * width, width, reinterpret_cast<float *>(slot) + (token - begin) * width);
     });
   });
 }

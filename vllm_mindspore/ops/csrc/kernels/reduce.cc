@@ -25,5 +25,21 @@ void sum_parts(const SumPartsArgs &args) {
   VLLM_MS_DISPATCH_FLOAT(args.dtype, T, { sum<T>(args); })
 }
 
+void copy_bytes(const CopyBytesArgs &args) {
+  constexpr int64_t kStep = 4 * sizeof(Vec), kLong = 256 << 10;  // from here on memcpy's way of writing pays
+  if (args.bytes >= kLong) {
+    std::memcpy(args.to, args.from, args.bytes);
+    return;
+  }
+  char *to = static_cast<char *>(args.to);
+  const char *from = static_cast<const char *>(args.from), *const end = from + args.bytes;
+  for (; end - from >= kStep; from += kStep, to += kStep) {
+    Vec v[4];
+    std::memcpy(v, from, kStep);
+    std::memcpy(to, v, kStep);
+  }
+  std::memcpy(to, from, end - from);
+}
+
 }  // namespace VLLM_MS_ISA
 }  // namespace vllm_ms

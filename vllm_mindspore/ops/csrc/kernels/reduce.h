@@ -1,4 +1,4 @@
-// Sums of equally long rows, as collectives take them.
+// Sums and copies of rows, as collectives take them.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +18,14 @@ struct SumPartsArgs {
   void *out;
 };
 VLLM_MS_DECLARE_KERNEL(sum_parts, SumPartsArgs)
+
+// As std::memcpy, for memory that another CPU has just written: for some kilobytes memcpy takes `rep movsb`, which reads
+// such memory up to five times slower.
+struct CopyBytesArgs {
+  void *to;
+  const void *from;
+  int64_t bytes;
+};
+VLLM_MS_DECLARE_KERNEL(copy_bytes, CopyBytesArgs)
 
 }  // namespace vllm_ms
