@@ -3,12 +3,13 @@
 Seeds are such that the two best logits never lie closer than 1e-4: ranks add in another order than one process does.
 """
 
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, MiniMaxM2Config, Qwen3Config, Qwen3MoeConfig
 
 from . import hub_formats
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .moe_families import GPT_OSS_YARN, QK_NORMS
 from .pangu_reference import PanguProMoEReferenceConfig
+from .sigmoid_moe_families import MINIMAX_HUB_FIELDS
 
 _PARALLEL = [
     Family(
@@ -111,6 +112,23 @@ _PARALLEL = [
         reference="paper, float64",
         hub_format=hub_formats.PANGU_PRO_MOE,
         notes="two experts of each of four groups, so that 2 and 4 ranks hold whole groups; a dense layer between",
+        seed=1,
+    ),
+    Family(
+        "parallel-minimax-m2",
+        "MiniMaxM2ForCausalLM",
+        make(
+            MiniMaxM2Config,
+            **dims(112, 4, 4, 44),
+            head_dim=32,
+            num_local_experts=11,
+            num_experts_per_tok=3,
+            rope_parameters=rope(theta=5e6, partial_rotary_factor=0.5),
+            **MINIMAX_HUB_FIELDS,
+        ),
+        "MiniMaxM2ForCausalLM",
+        scales=Scales(norm=QK_NORMS),
+        notes="norms over the heads of all ranks",
         seed=1,
     ),
 ]

@@ -9,10 +9,11 @@ import operator
 from collections.abc import Callable
 
 import torch
-import vllm.distributed.parallel_state  # noqa: F401  defines torch.ops.vllm.all_reduce and others
 import vllm.ir.ops  # noqa: F401  defines torch.ops.vllm_ir
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves
+from vllm.distributed.parallel_state import get_tp_group  # its module defines torch.ops.vllm.all_reduce and others
 
 from vllm_mindspore.compiler.capture import CapturedGraph
 from vllm_mindspore.graph_passes.nodes import arguments
@@ -39,7 +40,10 @@ class LegalizationError(NotImplementedError):
 
 
 def rule(*targets):
-    """Register a function (graph, node) → replacement node, or None to keep the node."""
+    """Register a function (graph, node) → replacement node, or None to keep the node.
+
+    A target is an operator, or the name of one that is defined only where a model is imported that uses it.
+    """
 
     def register(function: Rule) -> Rule:
         for target in targets:
@@ -74,7 +78,7 @@ def legalize(captured: CapturedGraph) -> None:
         if node.target in WITHOUT_EFFECT:
             graph.erase_node(node)
             continue
-        rewrite = RULES.get(node.target)
+        rewrite = RULES.get(node.target) or RULES.get(operator_name(node.target))
         if rewrite is None:
             continue
         with graph.inserting_before(node):
@@ -98,7 +102,7 @@ def call(graph: torch.fx.Graph, target, *args) -> Node:
     """A call node whose fake value is computed at once, so that later rules can look at it."""
     node = graph.call_function(target, args)
     fakes = torch.fx.node.map_arg(args, lambda argument: argument.meta["val"])
-    mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
+    mode = next((fake.fake_mode for fake in tree_leaves(fakes) if hasattr(fake, "fake_mode")), None)
     if mode is not None and not _mutates(target):
         with mode:
             node.meta["val"] = target(*fakes)
@@ -333,6 +337,27 @@ def _activation(name: str) -> Rule:
         )
 
     return rewrite
+
+
+@rule("vllm.minimax_qk_norm_fusion.default")
+def _norm_of_all_ranks(graph, node):
+    """MiniMax's norms of query and key, each over the heads of all ranks: one sum of squares for both."""
+    qkv, q_weight, k_weight, q_size, kv_size, _, ranks, epsilon, _ = node.args
+    parts = [
+        call(graph, aten.slice.Tensor, qkv, 1, begin, end) for begin, end in ((0, q_size), (q_size, q_size + kv_size))
+    ]
+    squares = [call(graph, aten.mean.dim, call(graph, aten.pow.Tensor_Scalar, part, 2), [-1], True) for part in parts]
+    group = group_in_graphs(get_tp_group().unique_name)
+    sums = call(graph, torch.ops.vllm_ms.all_reduce.default, call(graph, aten.cat.default, squares, 1), group)
+    means = call(graph, aten.add.Scalar, call(graph, aten.div.Scalar, sums, ranks), epsilon)
+    factors = call(graph, aten.rsqrt.default, means)
+    results = []
+    for i, (part, weight) in enumerate(zip(parts, (q_weight, k_weight), strict=True)):
+        normed = call(
+            graph, torch.ops.vllm_ms.binary.default, part, call(graph, aten.slice.Tensor, factors, 1, i, i + 1), "mul"
+        )
+        results.append(call(graph, torch.ops.vllm_ms.binary.default, normed, weight, "mul"))
+    _replace_results(graph, node, results)
 
 
 RULES[torch.ops.vllm.all_reduce.default] = _collective("all_reduce")
