@@ -11,6 +11,8 @@ logger = init_logger("vllm.vllm_mindspore.config")
 
 DEFAULT_BLOCK_SIZE = 16
 KV_CACHE_LAYOUT = "LBNHC"
+# vLLM's models with an indexer (`index_topk`) that are served.
+SPARSE_ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 # Those of vLLM's loaders that read a checkpoint tensor by tensor.
 QUANTIZABLE_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer", "dummy")
 FP8_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "dummy")  # those of them that read safetensors files
@@ -64,6 +66,10 @@ def _refuse_options(vllm_config) -> None:
     cache, offload, attention = vllm_config.cache_config, vllm_config.offload_config, vllm_config.attention_config
     own_attention = attention.backend is None or attention.backend.name == "CUSTOM"
     leave_out = "Leave the option out."
+    indexer_dtype, indexer_kernel = (
+        None if value == "auto" else value
+        for value in (attention.indexer_kv_dtype, vllm_config.kernel_config.sparse_indexer_topk_backend)
+    )
     refused = (
         ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
         ("--speculative-config", vllm_config.speculative_config, "plain decoding", leave_out),
@@ -74,11 +80,14 @@ def _refuse_options(vllm_config) -> None:
         ("--kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, "running without it", leave_out),
         ("--cpu-offload-gb", offload.uva.cpu_offload_gb, "weights in memory", leave_out),
         ("--offload-group-size", offload.prefetch.offload_group_size, "weights in memory", leave_out),
+        ("--attention-config.indexer_kv_dtype", indexer_dtype, "keys in the KV cache's type", leave_out),
+        ("--sparse-indexer-topk-backend", indexer_kernel, "its own selection", leave_out),
         ("--attention-backend", None if own_attention else attention.backend, "its own paged attention", leave_out),
     )
     for option, value, supported, advice in refused:
         if value:
-            found = getattr(value, "name", value) if isinstance(value, (Enum, int, float)) else type(value).__name__
+            shown = isinstance(value, (Enum, int, float, str))
+            found = getattr(value, "name", value) if shown else type(value).__name__
             raise UnsupportedOptionError(option, found, supported, advice)
     if cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise UnsupportedOptionError("--kv-cache-dtype", cache.cache_dtype, "auto, float16 and bfloat16", leave_out)
@@ -129,9 +138,13 @@ def _refuse_model(model_config) -> None:
         raise UnsupportedOptionError(
             name, f"a multimodal model ({model_config.architecture})", "text models", "Use the text-only checkpoint."
         )
-    if getattr(model_config.hf_text_config, "index_topk", None) is not None:
+    indexed = getattr(model_config.hf_text_config, "index_topk", None) is not None
+    if indexed and model_config.architecture not in SPARSE_ARCHITECTURES:
         raise UnsupportedOptionError(
-            name, "sparse attention (an indexer of the top tokens)", "full attention", "Use another model."
+            name,
+            f"sparse attention (an indexer of the top tokens) of {model_config.architecture}",
+            f"it for {' and '.join(SPARSE_ARCHITECTURES)}",
+            "Use another model.",
         )
     if model_config.is_hybrid or model_config.is_attention_free:
         raise UnsupportedOptionError(

@@ -119,7 +119,12 @@ class MindSporePlatform(Platform):
                 "leave the option out."
             )
         if attn_selector_config.use_sparse:
-            raise ValueError("sparse attention is not supported by the MindSpore backend; supported: full attention.")
+            if not attn_selector_config.use_mla:
+                raise ValueError(
+                    "sparse attention to keys and values is not supported by the MindSpore backend; supported: full "
+                    "attention, and sparse attention to latents. Use another model."
+                )
+            return "vllm_mindspore.worker.mla.MindSporeSparseMLABackend"
         if attn_selector_config.use_mla:
             return "vllm_mindspore.worker.mla.MindSporeMLABackend"
         return "vllm_mindspore.worker.attention.MindSporeAttentionBackend"

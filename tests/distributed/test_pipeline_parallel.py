@@ -13,6 +13,7 @@ LAYOUTS = [
     ("parallel-llama", 3, 1),
     ("parallel-qwen3-moe", 2, 1),
     ("parallel-deepseek-v3", 2, 1),
+    ("parallel-deepseek-v32", 3, 1),
     ("parallel-gpt-oss", 4, 1),
     ("parallel-gpt-oss", 2, 2),
     ("parallel-llama", 2, 2),

@@ -23,8 +23,9 @@ PALIGEMMA = dict(
                        num_attention_heads=2, image_size=28, patch_size=14),
 )  # fmt: skip
 MODELS = {
-    "sparse attention": ({**LLAMA, **MLA, **INDEXER, "model_type": "deepseek_v32",
-                          "architectures": ["DeepseekV32ForCausalLM"]}, "sparse attention"),
+    "another indexer": ({**LLAMA, **MLA, **INDEXER, "model_type": "deepseek_v3",
+                         "architectures": ["DeepseekV3ForCausalLM"]},
+                        r"sparse attention \(an indexer of the top tokens\) of DeepseekV3ForCausalLM"),
     "multimodal": (PALIGEMMA, "a multimodal model"),
     "pooling": ({**LLAMA, "model_type": "bert", "architectures": ["BertModel"], "num_key_value_heads": 4}, "pooling"),
     "state space": (dict(model_type="mamba", architectures=["MambaForCausalLM"], hidden_size=64, state_size=8,
@@ -43,6 +44,8 @@ OPTIONS = {
     "--kv-offloading-size": dict(kv_offloading_size=1.0),
     "--kv-sharing-fast-prefill": dict(kv_sharing_fast_prefill=True),
     "--cpu-offload-gb": dict(cpu_offload_gb=1.0),
+    "--attention-config.indexer_kv_dtype": dict(attention_config={"indexer_kv_dtype": "fp8"}),
+    "--sparse-indexer-topk-backend": dict(sparse_indexer_topk_backend="flashinfer"),
     "--attention-backend": dict(attention_backend="FLASH_ATTN"),
     "--enable-dbo": dict(enable_dbo=True, all2all_backend="deepep_low_latency"),
     "--enable-prompt-embeds": dict(enable_prompt_embeds=True),

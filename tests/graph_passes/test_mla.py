@@ -31,7 +31,7 @@ def layer(x, positions, w_a, w_q, g, cos_sin, kv_b, cache, slots, table, start, 
     if rotate_key:
         k_pe = own.rotary(positions, k_pe, cos_sin, ROPE, ROPE, False)
     own.mla_kv_write(cache, kv_c, k_pe, slots)
-    return own.mla_attention(q, kv_b, cache, table, start, lens, HEADS, NOPE, ROPE, V, LORA, 0.3, 16)
+    return own.mla_attention(q, kv_b, cache, table, start, lens, None, HEADS, NOPE, ROPE, V, LORA, 0.3, 16)
 
 
 def fuse(function):
@@ -66,7 +66,7 @@ def test_a_projection_of_its_own_is_read_from_its_first_column():
         kv_c, k_pe = linear(x, w_a[QUERY_LATENT:]).split([LORA, ROPE], -1)
         own.mla_kv_write(rest[1], kv_c, k_pe, rest[2])
         q = linear(x[:, :QUERY_LATENT], w_q).view(-1, HEADS, NOPE + ROPE)
-        return own.mla_attention(q, rest[0], rest[1], *rest[3:], HEADS, NOPE, ROPE, V, LORA, 0.3, 16)
+        return own.mla_attention(q, rest[0], rest[1], *rest[3:], None, HEADS, NOPE, ROPE, V, LORA, 0.3, 16)
 
     matches, left, graph = fuse(function)
     assert matches == 1

@@ -43,6 +43,7 @@ from .moe_families import MOE_FAMILIES
 from .pangu_families import PANGU_FAMILIES
 from .parallel_families import PARALLEL_FAMILIES
 from .sigmoid_moe_families import SIGMOID_MOE_FAMILIES
+from .sparse_families import SPARSE_FAMILIES
 
 
 def _longrope(rotary_dim: int, original: int, partial: float) -> dict[str, Any]:
@@ -353,6 +354,6 @@ _GPTS = [
 
 _DENSE = (*_LLAMAS, *_GEMMAS, *_GPTS)
 WITH_EXPERTS = (*MOE_FAMILIES, *SIGMOID_MOE_FAMILIES, *PANGU_FAMILIES)
-_ALL = (*_DENSE, *LATENT_FAMILIES, *HUB_FAMILIES, *WITH_EXPERTS)
+_ALL = (*_DENSE, *LATENT_FAMILIES, *SPARSE_FAMILIES, *HUB_FAMILIES, *WITH_EXPERTS)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 EVERY_FAMILY = {**FAMILIES, **PARALLEL_FAMILIES}

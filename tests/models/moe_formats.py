@@ -59,6 +59,11 @@ def _deepseek_fields(config: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
+def _sparse_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    indexer = {name: getattr(config, name) for name in ("index_topk", "index_n_heads", "index_head_dim")}
+    return _deepseek_fields(config) | indexer | {"num_nextn_predict_layers": 1}
+
+
 def _axk1_tensors(state: State, config: PreTrainedConfig) -> State:
     """The norm after experts beside those of the layer, also in layers without experts, which do not use it."""
     tensors = rename(expert_by_expert(state), {"mlp.post_mlp_layernorm": "post_mlp_layernorm"})
@@ -107,6 +112,7 @@ def _pangu_fields(config: PreTrainedConfig, names: str) -> dict[str, Any]:
 
 
 DEEPSEEK_V3 = HubFormat("deepseek_v3", "DeepseekV3Config", _deepseek_fields, _with_draft_layer)
+DEEPSEEK_V32 = HubFormat("deepseek_v32", "DeepseekV32Config", _sparse_fields, _with_draft_layer)
 AXK1 = HubFormat("axk1", "AXK1Config", _deepseek_fields, _axk1_tensors)
 KIMI_K2 = HubFormat("kimi_k2", "DeepseekV3Config", _deepseek_fields, lambda state, config: expert_by_expert(state))
 LING2 = HubFormat("bailing_moe_v2", "BailingMoeV2Config", _ling2_fields, _ling2_tensors)

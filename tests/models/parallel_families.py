@@ -3,7 +3,15 @@
 Seeds are such that the two best logits never lie closer than 1e-4: ranks add in another order than one process does.
 """
 
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, MiniMaxM2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV32Config,
+    GptOssConfig,
+    LlamaConfig,
+    MiniMaxM2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from . import hub_formats
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
@@ -76,6 +84,35 @@ _PARALLEL = [
         ),
         "DeepseekV3ForCausalLM",
         notes="latent attention, whose cache every rank has whole; shared experts in parts",
+    ),
+    Family(
+        "parallel-deepseek-v32",
+        "DeepseekV32ForCausalLM",
+        make(
+            DeepseekV32Config,
+            **dims(144, 4, 4, 244),
+            kv_lora_rank=40,
+            q_lora_rank=36,
+            qk_nope_head_dim=24,
+            qk_rope_head_dim=16,
+            v_head_dim=20,
+            n_routed_experts=12,
+            n_shared_experts=1,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            index_topk=33,
+            index_n_heads=7,
+            index_head_dim=28,
+        ),
+        "DeepseekV3ForCausalLM",
+        notes="every rank has the whole indexer, whose number of heads they could not share",
     ),
     Family(
         "parallel-gpt-oss",

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.falcon import modeling_falcon
 
 from .checkpoints import SPECIAL_TOKENS, checkpoint
@@ -36,6 +36,7 @@ class Reference:
     def __init__(self, family: Family, folder: Path):
         self.family = family
         self.folder = folder
+        self.source = folder if family.hub_format is None else folder / "reference"  # under the reference's names
         self._models: dict[torch.dtype, torch.nn.Module] = {}
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
@@ -59,13 +60,17 @@ class Reference:
             logits = self._forward(self._model(dtype), torch.tensor([ids]))[0]
         return logits.to(torch.promote_types(dtype, torch.float32))
 
+    def config(self) -> PreTrainedConfig:
+        """The reference's configuration, of the family's class: vLLM gives the type of DeepSeek V3.2 another."""
+        config = type(self.family.config()).from_pretrained(self.source)
+        self._adjust(config)
+        return config
+
     def _model(self, dtype: torch.dtype) -> torch.nn.Module:
         if dtype not in self._models:
-            folder = self.folder if self.family.hub_format is None else self.folder / "reference"
-            config = AutoConfig.from_pretrained(folder)
-            self._adjust(config)
+            config = self.config()
             model = AutoModelForCausalLM.from_pretrained(
-                folder,
+                self.source,
                 config=config,
                 dtype=dtype,
                 attn_implementation=self.attention,

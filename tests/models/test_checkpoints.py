@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.models import checkpoints
 from tests.models.families import FAMILIES, WITH_EXPERTS
 from tests.models.family import TOKENIZER_SIZE
 from tests.models.latent_families import LATENT_FAMILIES
 from tests.models.reference import MAX_TOKENS, PROMPTS, one_thread, reference
+from tests.models.sparse_families import SPARSE_FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +119,9 @@ FEATURES = [
         for field, value in {"routed_scaling_factor": 1.0, "norm_topk_prob": False, "topk_group": 4}.items()
     ),
     ("qwen3-moe", "norm_topk_prob", _set(norm_topk_prob=False)),
-    *((name, "rope scaling", _rope_off) for name in ("deepseek-r1", "kimi-k2", "axk1")),
+    *((name, "rope scaling", _rope_off) for name in ("deepseek-r1", "kimi-k2", "axk1", "deepseek-v32")),
+    *((name, "selection", _set(index_topk=512)) for name in ("deepseek-v32", "glm-moe-dsa")),
+    *((name, "one position more", _set(index_topk=k)) for name, k in (("deepseek-v32", 34), ("glm-moe-dsa", 21))),
     *((name, "one expert more", _set(num_experts_per_tok=4)) for name in ("kimi-k2", "minimax-m2", "pangu-pro-moe-v2")),
     *((name, "scaling factor", _set(routed_scaling_factor=1.0)) for name in ("pangu-ultra-moe", "glm46-moe", "ling2")),
     ("minimax-m2", "partial rotary", lambda c: c.rope_parameters.update(partial_rotary_factor=1.0)),
@@ -137,13 +140,10 @@ FEATURES = [
 def test_leaving_a_feature_out_is_visible(name, feature, change):
     """A backend that ignored the feature would miss the logits by far more than the tolerance."""
     expected = reference(name)
-    folder = expected.folder if FAMILIES[name].hub_format is None else expected.folder / "reference"
-    config = AutoConfig.from_pretrained(folder)
-    expected._adjust(config)
+    config = expected.config()
     change(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
+    options = dict(dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(expected.source, config=config, **options)
     with torch.no_grad(), one_thread():
         logits = model.eval()(torch.tensor([PROMPTS[-1]]), use_cache=False).logits[0]
     assert (logits - expected.logits(PROMPTS[-1])).abs().max() > 1e-2, feature
@@ -199,7 +199,7 @@ def test_processes_that_write_at_once_share_one_whole_checkpoint(tmp_path):
 def test_model_classes_in_plain_pytorch_equal_the_references():
     """Every tensor name, configuration field and formula, before any MindSpore is involved."""
     # vLLM's layers of experts and of latent attention have no plain PyTorch form
-    others = {family.name for family in (*LATENT_FAMILIES, *WITH_EXPERTS)}
+    others = {family.name for family in (*LATENT_FAMILIES, *SPARSE_FAMILIES, *WITH_EXPERTS)}
     dense = [name for name in FAMILIES if name not in others]
     run = subprocess.run(
         [sys.executable, "-m", "tests.models.eager", *dense], cwd=ROOT, capture_output=True, text=True, timeout=500

@@ -43,7 +43,7 @@ EXPECTED = {
     "deepseek-v3": (0, 3, 6, 9),
     "deepseek-v2-moe": (0, 3, 6, 6),
     "deepseek-v3-moe": (0, 3, 6, 9),
-    **dict.fromkeys(["deepseek-r1", "kimi-k2", "glm4-moe-lite"], (0, 3, 6, 9)),
+    **dict.fromkeys(["deepseek-r1", "kimi-k2", "glm4-moe-lite", "deepseek-v32", "glm-moe-dsa"], (0, 3, 6, 9)),
     "axk1": (0, 3, 4, 9),  # a norm stands between experts and their residual
     "pangu-ultra-moe": (0, 3, 0, 9),
     # its keys are normalized and its queries are not
@@ -55,7 +55,7 @@ EXPECTED = {
     "mimo-v2-flash": (0, 1, 5, 8),  # its values are scaled before attention
     "granite-moe-shared": (3, 3, 0, 6),
 }
-LATENT_MOE = ["kimi-k2", "glm4-moe-lite", "axk1", "pangu-ultra-moe"]
+LATENT_MOE = ["kimi-k2", "glm-moe-dsa", "glm4-moe-lite", "axk1", "pangu-ultra-moe"]
 NORMS = {"minimax-m2": 6}  # written as arithmetic: q and k of each layer
 # family -> matches of fuse_moe: a residual for each layer of experts, and a factor where the model itself scales their
 # result (vLLM's routed_scaling_factor is part of the routing from the start).
@@ -63,7 +63,7 @@ MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 2, 
        "gpt-oss": 4, "deepseek-v2-moe": 2, "deepseek-v3-moe": 2, "pangu-pro-moe": 3, "deepseek-r1": 2, "kimi-k2": 2,
        "glm4-moe-lite": 2, "axk1": 2, "pangu-ultra-moe": 2, "pangu-pro-moe-v2": 2, "glm46-moe": 1, "ling2": 2,
        "hy-v3": 2, "minimax-m2": 3, "exaone-moe": 3, "afmoe": 3, "mimo-v2-flash": 3,
-       "granite-moe-shared": 3}  # fmt: skip
+       "granite-moe-shared": 3, "deepseek-v32": 2, "glm-moe-dsa": 2}  # fmt: skip
 LATENT = {name: 3 for name in (*(name for name in EXPECTED if name.startswith("deepseek")), *LATENT_MOE)}
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}

@@ -53,17 +53,32 @@ class Case:
         arrays = (self.step.block_table, self.step.query_start_loc, self.step.seq_lens)
         return [ms.Tensor(np.ascontiguousarray(array)) for array in arrays]  # also where empty, as int32
 
+    selected = None
+
+    def select(self, top_k: int) -> Case:
+        """Let tokens with more than top_k keys attend to some of them, at random: [T, top_k], ascending."""
+        self.selected = np.full((self.step.num_tokens, top_k), -1, np.float32)
+        for token, position in enumerate(self.step.token_positions()):
+            count = min(top_k, position + 1)
+            self.selected[token, :count] = np.sort(self.rng.permutation(position + 1)[:count])
+        return self
+
+    def present(self) -> tuple[str, ...]:
+        return () if self.selected is None else ("selected",)
+
     def run(self) -> np.ndarray:
         """mla_attention on the cache as it is: [T, heads * v]."""
-        op = registry.build("mla_attention", "cpu", (), **self.sizes.attributes(self.step.block_size, self.scale))
+        attributes = self.sizes.attributes(self.step.block_size, self.scale)
+        op = registry.build("mla_attention", "cpu", self.present(), **attributes)
         inputs = [tensor(self.query), tensor(self.kv_b, self.weights_dtype), tensor(self.cache, self.cache_dtype)]
-        return op(*inputs, *self.state()).asnumpy()
+        selected = [] if self.selected is None else [tensor(self.selected)]
+        return op(*inputs, *self.state(), *selected).asnumpy()
 
     def expected(self) -> np.ndarray:
-        return attention(self.query, self.kv_b, self.cache, self.step, self.sizes, self.scale)
+        return attention(self.query, self.kv_b, self.cache, self.step, self.sizes, self.scale, self.selected)
 
 
-def attention(query, kv_b, cache, step, sizes, scale) -> np.ndarray:
+def attention(query, kv_b, cache, step, sizes, scale, selected=None) -> np.ndarray:
     """query [T, heads * (nope + rope)], rotated; [T, heads * v] float64, by expanding every latent."""
     query = np.asarray(query, np.float64).reshape(-1, sizes.heads, sizes.nope + sizes.rope)
     weight = np.asarray(kv_b, np.float64).reshape(sizes.heads, sizes.nope + sizes.v, sizes.lora)
@@ -79,7 +94,11 @@ def attention(query, kv_b, cache, step, sizes, scale) -> np.ndarray:
         )
         logits = np.einsum("qhd,hkd->hqk", query[first:last], keys) * scale
         position = np.arange(length - (last - first), length)
-        logits = np.where(np.arange(length)[None, None, :] <= position[None, :, None], logits, -np.inf)
+        seen = np.arange(length)[None, :] <= position[:, None]
+        if selected is not None:
+            for row, token in enumerate(range(first, last)):
+                seen[row] &= np.isin(np.arange(length), selected[token])
+        logits = np.where(seen, logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out[first:last] = np.einsum("hqk,hkv->qhv", weights, expanded[..., sizes.nope :])
@@ -92,6 +111,18 @@ def expands(sizes, queries, keys) -> bool:
     expanded = keys * latent + queries * keys * (sizes.nope + sizes.rope + sizes.v)
     absorbed = queries * latent + queries * keys * (2 * sizes.lora + sizes.rope)
     return queries > 1 and expanded < absorbed
+
+
+def masks(sizes, queries, keys, top_k) -> bool:
+    """Whether a request with selected positions is served in expanded form as a whole: the rule of mla_plan.cc."""
+    selecting = min(max(keys - top_k, 0), queries)
+    if selecting == 0 or queries == 1:
+        return False
+    latent, row = (sizes.nope + sizes.v) * sizes.lora, 2 * sizes.lora + sizes.rope
+    pair = sizes.nope + sizes.rope + sizes.v
+    first, seen = queries - selecting, keys - selecting
+    of_first = seen * latent + first * seen * pair if expands(sizes, first, seen) else first * (latent + seen * row)
+    return keys * latent + queries * keys * pair < of_first + selecting * (latent + top_k * row)
 
 
 def tolerance(case) -> float:
@@ -117,7 +148,7 @@ class FusedCase(Case):
         self.memory = tensor(self.cache, self.cache_dtype)
 
     def operator(self):
-        present = (("cos_sin",) if self.rotated else ()) + (("kv_norm",) if self.norm else ())
+        present = (("cos_sin",) if self.rotated else ()) + (("kv_norm",) if self.norm else ()) + self.present()
         attributes = self.sizes.attributes(self.step.block_size, self.scale)
         return registry.build(
             "mla_qkv_attention", "cpu", present, **attributes, kv_column=self.column, neox=self.neox, norm_eps=EPS,
@@ -130,6 +161,7 @@ class FusedCase(Case):
         inputs += [tensor(self.cos_sin)] if self.rotated else []
         inputs += [tensor(self.gamma, self.norm_weights)] if self.norm else []
         inputs += [tensor(self.kv_b, self.weights_dtype), self.memory, tensor(self.slots), *self.state()]
+        inputs += [] if self.selected is None else [tensor(self.selected)]
         return self.operator()(*inputs).asnumpy()
 
     def written(self) -> np.ndarray:
@@ -152,4 +184,4 @@ class FusedCase(Case):
                 query[..., sizes.nope :], self.positions, self.cos_sin, self.neox
             )
         cache = self.memory.astype(ms.float32).asnumpy()
-        return attention(query, self.kv_b, cache, self.step, sizes, self.scale)
+        return attention(query, self.kv_b, cache, self.step, sizes, self.scale, self.selected)

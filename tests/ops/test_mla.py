@@ -8,7 +8,7 @@ import pytest
 
 from tests.ops import attention_reference
 from tests.ops.helpers import jit_with_dynamic_tokens, tensor
-from tests.ops.mla_reference import Case, FusedCase, Sizes, expands, tolerance
+from tests.ops.mla_reference import Case, FusedCase, Sizes, expands, masks, tolerance
 from vllm_mindspore.ops import registry
 
 SIZES = {
@@ -224,3 +224,75 @@ def test_many_decodes_of_float64(name):
     """More queries in absorbed form than are taken at once."""
     case = Case(SIZES[name], [(1, 40)] * 70, cache="bfloat16", weights="bfloat16")
     np.testing.assert_allclose(case.run(), case.expected(), atol=tolerance(case))
+
+
+TOP_K = [1, 50, 64, 130]
+
+
+@pytest.mark.parametrize("top_k", TOP_K)
+@pytest.mark.parametrize("name", ["tiny", "odd", "pairs"])
+@pytest.mark.parametrize(("cache", "weights"), DTYPES[:2], ids="-".join)
+def test_selected_positions_equal_to_float64(name, cache, weights, top_k):
+    """Steps with requests of all kinds: none, some, and all queries with more keys than are selected."""
+    case = Case(SIZES[name], MIXED, cache=cache, weights=weights).select(top_k)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=tolerance(case), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "pairs"])
+@pytest.mark.parametrize(("cache", "weights"), [*DTYPES[:2], ("bfloat16", "float32")], ids="-".join)
+def test_masked_requests_equal_to_float64(name, cache, weights):
+    """Queries with all their keys and with some of them in one request, or only such."""
+    requests = [(150, 310), (1, 280), (60, 310), (5, 5)]
+    assert [masks(SIZES[name], *request, 250) for request in requests] == [True, False, True, False]
+    case = Case(SIZES[name], requests, cache=cache, weights=weights).select(250)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=tolerance(case), rtol=1e-5)
+
+
+def test_the_steps_above_mask_some_requests_and_gather_latents_for_others():
+    forms = {(k, masks(SIZES[n], *r, k)) for k in TOP_K for n in ("tiny", "odd", "pairs") for r in MIXED if r[1] > k}
+    assert {(64, False), (130, True), (130, False)} <= forms
+
+
+def test_selected_positions_of_deepseeks_sizes_and_long_contexts():
+    requests = [(1, 3500), (2, 700), (1, 40), (600, 1300)]
+    case = Case(SIZES["deepseek"], requests, cache="bfloat16", weights="bfloat16").select(600)
+    assert masks(case.sizes, 600, 1300, 600)
+    np.testing.assert_allclose(case.run(), case.expected(), atol=tolerance(case))
+
+
+@pytest.mark.parametrize("top_k", [600, 900])
+def test_as_many_positions_as_keys_are_attention_to_all(top_k):
+    case = Case(SIZES["pairs"], MIXED, cache="bfloat16", weights="bfloat16")
+    every = case.run()
+    np.testing.assert_array_equal(case.select(top_k).run(), every)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_with_selected_positions_do_not_depend_on_other_requests(dtype):
+    case = Case(SIZES["pairs"], [*MIXED, (1, 900), (200, 1100)], cache=dtype, weights=dtype).select(100)
+    whole, chosen = case.run(), case.selected
+    for request, (first, last) in enumerate(
+        zip(case.step.query_start_loc, case.step.query_start_loc[1:], strict=False)
+    ):
+        if first < last:
+            case.selected = chosen[first:last]
+            np.testing.assert_array_equal(alone(case, request), whole[first:last])
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "bfloat16", "weights": "bfloat16"}], ids=["float32", "bf16"])
+def test_fused_with_selected_positions_equal_to_float64(options):
+    case = FusedCase(SIZES["pairs"], MIXED, column=36, **options).select(50)
+    out = case.run()
+    np.testing.assert_allclose(out, case.expected(), atol=tolerance(case), rtol=1e-5)
+
+
+@pytest.mark.parametrize("position", [-1.0, 130.0, np.nan])
+def test_positions_that_are_no_keys_are_named(capfd, position):
+    case = Case(SIZES["tiny"], [(2, 9), (3, 130)]).select(20)
+    case.selected[4, 3] = position  # the last token of all
+    with pytest.raises(RuntimeError) as error:
+        case.run()
+    assert "selected: not all positions of token 4 are in 0..129" in capfd.readouterr().err + str(error.value)
+    case.selected[:2] = position  # have fewer keys: not read
+    case.selected[4, 3] = 0
+    assert np.isfinite(case.run()).all()

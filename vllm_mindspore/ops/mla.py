@@ -9,6 +9,9 @@ either of two forms, chosen per request from its numbers of queries and keys alo
   expanded;
 - expanded (prefill): the latents are expanded to keys and values, a block of the context at a time.
 
+Sparse attention selects keys for tokens that have many. Those tokens are absorbed and read the selected latents only;
+or their request is expanded as a whole, and other keys are masked, where that takes fewer multiplications.
+
 With a bf16 cache, CPUs that have bf16 dot products round queries, softmax's weights and, of bf16 weights, expanded keys
 and values to bf16.
 
@@ -28,14 +31,14 @@ def _kv_write_fake(kv_cache, kv_c, k_pe, slot_mapping):
     return None
 
 
-def _mla_attention_fake(query, kv_b, kv_cache, block_table, query_start_loc, seq_lens, num_heads, nope_dim, rope_dim,
-                        v_dim, kv_lora_rank, scale, block_size):  # fmt: skip
+def _mla_attention_fake(query, kv_b, kv_cache, block_table, query_start_loc, seq_lens, selected, num_heads, nope_dim,
+                        rope_dim, v_dim, kv_lora_rank, scale, block_size):  # fmt: skip
     return like_input(query, (query.shape[0], num_heads * v_dim))
 
 
 def _mla_qkv_attention_fake(query, kv_a, positions, cos_sin, kv_norm, kv_b, kv_cache, slot_mapping, block_table,
-                            query_start_loc, seq_lens, num_heads, nope_dim, rope_dim, v_dim, kv_lora_rank, scale,
-                            block_size, kv_column, neox, norm_eps, norm_offset):  # fmt: skip
+                            query_start_loc, seq_lens, selected, num_heads, nope_dim, rope_dim, v_dim, kv_lora_rank,
+                            scale, block_size, kv_column, neox, norm_eps, norm_offset):  # fmt: skip
     return like_input(query, (query.shape[0], num_heads * v_dim))
 
 
@@ -69,12 +72,13 @@ OPERATORS = [
     Operator(
         # query [T, num_heads * (nope_dim + rope_dim)] or rank 3, f32, rotated; kv_b as above; block_table [R, B],
         # query_start_loc [R + 1], seq_lens [R] int32. Result [T, num_heads * v_dim] f32, causal, zeros for tokens of no
-        # request: softmax(scale * (q_nope . k_nope + q_pe . k_pe)) v.
+        # request: softmax(scale * (q_nope . k_nope + q_pe . k_pe)) v. selected [T, K] f32: of a token with more than K
+        # keys, the positions of the K keys that it attends to (`lightning_indexer`); other rows are not read.
         name="mla_attention",
         schema=Schema.parse(
             "(Tensor query, Tensor kv_b, Tensor kv_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
-            "int num_heads, int nope_dim, int rope_dim, int v_dim, int kv_lora_rank, float scale, int block_size) "
-            "-> Tensor"
+            "Tensor? selected, int num_heads, int nope_dim, int rope_dim, int v_dim, int kv_lora_rank, float scale, "
+            "int block_size) -> Tensor"
         ),
         fake=_mla_attention_fake,
         cpu="MlaAttention",
@@ -91,8 +95,8 @@ OPERATORS = [
         schema=Schema.parse(
             "(Tensor query, Tensor kv_a, Tensor positions, Tensor? cos_sin, Tensor? kv_norm, Tensor kv_b, "
             "Tensor(a!) kv_cache, Tensor slot_mapping, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
-            "int num_heads, int nope_dim, int rope_dim, int v_dim, int kv_lora_rank, float scale, int block_size, "
-            "int kv_column, bool neox, float norm_eps, float norm_offset) -> Tensor"
+            "Tensor? selected, int num_heads, int nope_dim, int rope_dim, int v_dim, int kv_lora_rank, float scale, "
+            "int block_size, int kv_column, bool neox, float norm_eps, float norm_offset) -> Tensor"
         ),
         fake=_mla_qkv_attention_fake,
         cpu="MlaQkvAttention",

@@ -14,8 +14,8 @@ NAMESPACE = "vllm_ms"
 
 # Each of these modules of vllm_mindspore.ops has a list OPERATORS.
 _DEFINITIONS = (
-    "embedding", "linear", "quantized", "norm", "activation", "pointwise", "rotary", "attention", "mla", "moe",
-    "collectives", "exchange",
+    "embedding", "linear", "quantized", "norm", "activation", "pointwise", "rotary", "attention", "mla",
+    "indexer", "moe", "collectives", "exchange",
 )  # fmt: skip
 
 

@@ -24,9 +24,10 @@ def specs_of_model(vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
         UnsupportedOptionError: a layer attends in a way that no operator has, and that only its specification shows.
     """
     layers = attention_layers(vllm_config)
-    owners: dict[str, AttentionLayerBase] = {
-        name: layer for name, layer in layers.items() if cache_owner(name, layers) == name
-    }
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if isinstance(layer, AttentionLayerBase) and name not in layers:
+            raise _unsupported(name, f"a layer of type {type(layer).__name__}")
+    owners = {name: layer for name, layer in layers.items() if cache_owner(name, layers) == name}
     specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in owners.items()}
     for name, spec in specs.items():
         _refuse(name, spec)
@@ -38,8 +39,15 @@ def _refuse(layer_name: str, spec: KVCacheSpec) -> None:
     if not found and not isinstance(spec, MLAAttentionSpec) and spec.head_size_v > spec.head_size:
         found = f"values of {spec.head_size_v} with keys of {spec.head_size}"
     if found:
-        supported = "full attention, sliding windows and latent attention, with values that are not wider than keys"
-        raise UnsupportedOptionError(f"the attention of {layer_name}", found, supported, "Use another model.")
+        raise _unsupported(layer_name, found)
+
+
+def _unsupported(layer_name: str, found: str) -> UnsupportedOptionError:
+    supported = (
+        "full attention, sliding windows and latent attention (also sparse, as DeepSeek V3.2's), with values that are "
+        "not wider than keys"
+    )
+    return UnsupportedOptionError(f"the attention of {layer_name}", found, supported, "Use another model.")
 
 
 def of_model(vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:

@@ -5,11 +5,15 @@ apart. Here one operator reads `kv_b_proj` where it is and serves a step of both
 """
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import MLAAttentionImpl
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from vllm_mindspore.worker.attention import GraphAttentionMetadata, MindSporeAttentionBackend
+
+SELECTED = "selected_positions"  # in the forward context: what the last indexer has selected
 
 
 class MindSporeMLAImpl(MLAAttentionImpl):
@@ -52,6 +56,7 @@ class MindSporeMLAImpl(MLAAttentionImpl):
             metadata.block_table,
             metadata.query_start_loc,
             metadata.seq_lens,
+            self.selected_positions(),
             self.num_heads,
             self.nope_dim,
             self.rope_dim,
@@ -60,6 +65,10 @@ class MindSporeMLAImpl(MLAAttentionImpl):
             self.scale,
             metadata.block_size,
         )
+
+    def selected_positions(self) -> torch.Tensor | None:
+        """[num_tokens, top_k] float32 where tokens with more than top_k keys attend to these alone; None: to all."""
+        return None
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         raise NotImplementedError("MindSporeMLAAttention.forward_impl does not divide a step into forward_mqa and _mha")
@@ -83,6 +92,47 @@ class MindSporeMLABackend(MindSporeAttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return False
+
+
+class MindSporeSparseMLAImpl(MindSporeMLAImpl):
+    """As MindSporeMLAImpl, attending to what an indexer has selected (`worker/indexer.py`).
+
+    A layer without an indexer of its own attends to what one before it has selected.
+    """
+
+    is_sparse = True
+
+    def record_logical_topk_ready(self) -> None:
+        """There are no streams to wait for each other."""
+
+    def selected_positions(self) -> torch.Tensor:
+        """Raises NotImplementedError when the layer that selects is in another pipeline stage."""
+        positions = get_forward_context().additional_kwargs.get(SELECTED)
+        if positions is None:
+            raise NotImplementedError(
+                "sparse attention: the first layer of a pipeline stage has no indexer of its own, and what the stage "
+                "before has selected is not passed on; supported: stages that begin with an indexer. Use another "
+                "--pipeline-parallel-size."
+            )
+        return positions
+
+
+class MindSporeSparseMLABackend(MindSporeMLABackend):
+    """Attention to the positions of a paged cache of latents that an indexer selects."""
+
+    @staticmethod
+    def get_impl_cls() -> type[MindSporeSparseMLAImpl]:
+        return MindSporeSparseMLAImpl
+
+    @classmethod
+    def is_sparse(cls) -> bool:
+        return True
+
+
+class IndexerKeys(AttentionLayerBase):
+    """A layer whose KV cache holds the keys of an indexer: a slot is one row [1, head_size]."""
+
+    head_size: int
 
 
 class MindSporeMLAPrefill(MLAPrefillBackend):
@@ -123,6 +173,10 @@ def adopt(model: torch.nn.Module) -> None:
 
     vLLM has a hook for the wrapper around this layer, which not every model uses, and none for the layer.
     """
-    for module in model.modules():
-        if type(module) is MLAAttention:
-            module.__class__ = MindSporeMLAAttention
+    layers = [module for module in model.modules() if type(module) is MLAAttention]
+    for layer in layers:
+        layer.__class__ = MindSporeMLAAttention
+    if any(layer.use_sparse for layer in layers):
+        from vllm_mindspore.worker import indexer  # imports the models that have one
+
+        indexer.adopt(model)

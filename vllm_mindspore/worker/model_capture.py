@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
@@ -24,8 +25,10 @@ from vllm_mindspore.compiler.capture import (
 )
 from vllm_mindspore.models.expert_parallel import TOKEN_RANKS
 from vllm_mindspore.worker.attention import GraphAttentionMetadata
+from vllm_mindspore.worker.mla import IndexerKeys
 from vllm_mindspore.worker.moe import MindSporeMoERunner
 
+ATTENTION_LAYERS = (Attention, MLAAttention, IndexerKeys)  # those that have operators of ours
 RECEIVED = "received_"  # what a pipeline stage gets from the one before: the names of graph inputs
 
 
@@ -65,22 +68,22 @@ def tensors_between_stages(model: torch.nn.Module) -> dict[str, int]:
     return {name: tensor.shape[-1] for name, tensor in sorted(empty.items())}
 
 
-def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention | MLAAttention]:
-    """The model's attention layers by name, in order of creation."""
+def attention_layers(vllm_config: VllmConfig) -> dict[str, AttentionLayerBase]:
+    """The model's attention layers and keys of indexers by name, in order of creation: `ATTENTION_LAYERS`."""
     context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if isinstance(layer, (Attention, MLAAttention))}
+    return {name: layer for name, layer in context.items() if isinstance(layer, ATTENTION_LAYERS)}
 
 
-def cache_owner(layer_name: str, layers: dict[str, Attention | MLAAttention]) -> str:
+def cache_owner(layer_name: str, layers: dict[str, AttentionLayerBase]) -> str:
     """The layer whose KV cache `layer_name` uses: itself, or the one it shares with (latents are never shared)."""
     return getattr(layers[layer_name], "kv_sharing_target_layer_name", None) or layer_name
 
 
-def cache_row(layer: Attention | MLAAttention) -> tuple[int, int]:
+def cache_row(layer: AttentionLayerBase) -> tuple[int, int]:
     """What a slot of the layer's KV cache holds: (heads, values of a head)."""
-    if isinstance(layer, MLAAttention):
-        return 1, layer.head_size
-    return layer.num_kv_heads, layer.head_size + layer.head_size_v
+    if isinstance(layer, Attention):
+        return layer.num_kv_heads, layer.head_size + layer.head_size_v
+    return 1, layer.head_size
 
 
 def expert_layers(vllm_config: VllmConfig) -> dict[str, MindSporeMoERunner]:

@@ -6,12 +6,18 @@
 
 namespace vllm_ms {
 
-// As check_attention, and that the sizes fit together. Throws std::invalid_argument.
+// As check_attention, and that the sizes fit together and selected positions are those of keys. Throws
+// std::invalid_argument.
 void check_mla(const MlaInputs &in);
 
 // Whether a request with this many queries in the step, and keys (its own included), is served in expanded form: where
-// that takes fewer multiplications. One query alone never is.
+// that takes fewer multiplications. One query alone never is. Where later queries of a request attend to selected
+// positions, it is asked of those before alone.
 bool mla_expands(const MlaInputs &in, int64_t queries, int64_t keys);
+
+// Whether a request in which queries attend to selected positions is served in expanded form as a whole, with what is
+// not selected masked: where that takes fewer multiplications than selected latents in absorbed form.
+bool mla_masks(const MlaInputs &in, int64_t queries, int64_t keys);
 
 // Writes in.step.out for all tokens: attention where a request has queries, zeros elsewhere. Checked inputs only.
 void mla_attention(const MlaInputs &in);

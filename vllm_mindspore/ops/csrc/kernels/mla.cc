@@ -173,7 +173,7 @@ void mla_gather(const MlaGatherArgs &args) {
   int64_t slots[kTileKeys];
   for (int64_t begin = args.begin; begin < args.end; begin += kTileKeys) {
     const int64_t count = min_of(kTileKeys, args.end - begin), first = segment.row + begin - segment.begin;
-    find_slots(in, segment.request, begin, begin + count, slots);
+    find_slots(in.step, segment.request, begin, begin + count, slots);
     VLLM_MS_DISPATCH_FLOAT(in.step.cache.dtype, T, {
       for (int64_t j = 0; j < count; ++j) {
         const T *row = static_cast<const T *>(in.step.cache.data) + slots[j] * mla_row(in);

@@ -3,7 +3,8 @@
 //
 // Numerical contract. Which form a request takes depends on its numbers of queries and keys only. Absorbed: as in
 // attention.h, with a query's latent form (a chain of fma over nope_dim) against tiles of kTileKeys absolute positions,
-// folded every kSplitKeys positions. Expanded: keys and values of a position are products whose bits do not depend on
+// folded every kSplitKeys positions; where positions are selected, they are counted in the order they are listed in.
+// Expanded: keys and values of a position are products whose bits do not depend on
 // the positions beside it; a row's online softmax goes over tiles of kTileKeys absolute positions, ascending. In both,
 // which rows share a task and where the context is cut into blocks changes no bit of a result.
 #pragma once
@@ -21,6 +22,10 @@ struct MlaInputs {
   AttentionInputs step;
   Weight kv_b;  // [num_heads, nope + v, lora]
   int64_t nope, rope, v, lora;
+  // [num_tokens, top_k]: positions that a token with more than top_k keys attends to, instead of all. Null: all tokens
+  // attend to all their keys.
+  const float *selected;
+  int64_t top_k;
 };
 
 VLLM_MS_INLINE int64_t mla_row(const MlaInputs &in) { return in.lora + in.rope; }
@@ -60,6 +65,7 @@ VLLM_MS_INLINE int64_t mla_absorb_workspace(const MlaInputs &in, int64_t count) 
 struct MlaTask {
   int64_t index;  // of the query among the absorbed ones
   int64_t request;
+  const float *selected;  // positions that stand for keys [0, top_k); null: keys are positions
   int64_t first_head, num_heads;
   int64_t key_begin, key_end;  // bounds of splits, or the query's last key + 1
   float *partial;  // null: write the result; else the states [splits, num_heads, attention_state(lora)] for mla_merge
@@ -82,9 +88,13 @@ VLLM_MS_INLINE int64_t mla_workspace(const MlaInputs &in, int64_t rows) {
   return rows * (row + 2 * padded_head(in.lora) + 2 * kTileKeys + 4) + (kTileKeys + 1) * row + 8 * kRowAlignment;
 }
 
+VLLM_MS_INLINE int64_t mla_tiles(int64_t keys) { return (keys + kTileKeys - 1) / kTileKeys; }
+
 // Positions [begin, end) of a request, bounds of tiles or its last; row: where they begin in a block.
 struct MlaSegment {
   int64_t request, begin, end, row;
+  const uint64_t *mask;  // of the request's queries, [queries, mask_tiles]: a bit for each key that one attends to, of
+  int64_t mask_tiles;    // those that it sees; null: to all of them
 };
 
 // Cached rows of a block as float: latents [rows, lora] for the expansion, key parts [rows, rope].

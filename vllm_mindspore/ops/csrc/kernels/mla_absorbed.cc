@@ -47,6 +47,15 @@ struct Task {
   RowState total_state(int64_t head) const { return {total + head * width, total_max + head, total_sum + head}; }
 };
 
+// The cache slots of a task's keys [begin, end).
+VLLM_MS_INLINE void find_keys(const MlaInputs &in, const MlaTask &task, int64_t begin, int64_t end, int64_t *slots) {
+  if (task.selected != nullptr) {
+    find_selected(in.step, task.request, task.selected, begin, end, slots);
+  } else {
+    find_slots(in.step, task.request, begin, end, slots);
+  }
+}
+
 // Rows of the cache for keys [start, start + end), zeros for the other keys of the tile; `ahead`: of the next tile,
 // after the last one of the next task's first.
 struct TileRows {
@@ -61,8 +70,8 @@ struct TileRows {
     const int64_t begin = last ? after.key_begin : start + kTileKeys;
     const int64_t count = min_of(kTileKeys, after.key_end - begin);
     int64_t slots[kTileKeys], next_slots[kTileKeys];
-    find_slots(t.in, t.task.request, start, start + end, slots);
-    find_slots(t.in, after.request, begin, begin + count, next_slots);
+    find_keys(t.in, t.task, start, start + end, slots);
+    find_keys(t.in, after, begin, begin + count, next_slots);
     for (int64_t j = 0; j < kTileKeys; ++j) {
       rows[j] = j < end ? cache + slots[j] * bytes : reinterpret_cast<const char *>(t.zeros);
       ahead[j] = cache + (j < count ? next_slots[j] : next_slots[0]) * bytes;

@@ -89,6 +89,22 @@ void load_tile(const Task &t, int64_t start, int64_t end) {
   }
 }
 
+// Takes keys that a query does not attend to out of its scores.
+void mask_scores(const Task &t, int64_t i, int64_t start) {
+  const MlaSegment &segment = *t.args.segment;
+  if (segment.mask == nullptr) return;
+  const uint64_t word = segment.mask[(t.args.first_query + i) * segment.mask_tiles + start / kTileKeys];
+  if (word == ~uint64_t{0}) return;
+  float *scores = t.scores + i * kTileKeys;
+  UVec lane;
+  for (int j = 0; j < kLanes; ++j) lane[j] = j;
+  for (int64_t j = 0; j < kTileKeys; j += kLanes) {
+    const UVec bits = UVec{} + static_cast<uint32_t>(word >> j);
+    const IVec attended = reinterpret_cast<IVec>(((bits >> lane) & 1u) != 0u);
+    store(scores + j, attended ? load(scores + j) : set1(-kInfinity));
+  }
+}
+
 // Positions [start, start + end) against the queries from `first` on, the first one that sees any of them.
 void attend_tile(const Task &t, int64_t start, int64_t end, int64_t first) {
   const void *keys[kTileKeys], *values[kTileKeys];
@@ -104,6 +120,7 @@ void attend_tile(const Task &t, int64_t start, int64_t end, int64_t first) {
                                seen(first + i + R.value - 1), t.size, t.scores + (first + i) * kTileKeys, none);
   });
   for (int64_t i = first; i < t.args.num_queries; ++i) {
+    mask_scores(t, i, start);
     softmax_row(t.step, t.scores + i * kTileKeys, 0, seen(i), 0.0f, 0,
                 {t.accumulator + i * t.value_width, t.max + i, t.sum + i});
   }
@@ -159,6 +176,7 @@ void attend_tile_dot(const Task &t, int64_t start, int64_t end, int64_t first) {
   bf16 *weights = reinterpret_cast<bf16 *>(t.scores);  // in place, as the queries
   for (int64_t i = first; i < t.args.num_queries; ++i) {
     const int64_t seen = min_of(end, t.position + i + 1 - start);
+    mask_scores(t, i, start);
     softmax_row(t.step, t.scores + i * kTileKeys, 0, seen, 0.0f, 0,
                 {t.accumulator + i * t.value_width, t.max + i, t.sum + i});
     round_weights(t.scores + i * kTileKeys, 0, seen, weights + i * kTileKeys);

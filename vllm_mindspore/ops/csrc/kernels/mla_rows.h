@@ -12,16 +12,28 @@ VLLM_MS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 VLLM_MS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The cache slots of a request's positions [begin, end).
-VLLM_MS_INLINE void find_slots(const MlaInputs &in, int64_t request, int64_t begin, int64_t end, int64_t *slots) {
+VLLM_MS_INLINE void find_slots(const AttentionInputs &step, int64_t request, int64_t begin, int64_t end,
+                               int64_t *slots) {
   if (begin >= end) return;
-  const int32_t *blocks = in.step.block_table + request * in.step.max_blocks;
-  int64_t block = begin / in.step.block_size, offset = begin % in.step.block_size;
+  const int32_t *blocks = step.block_table + request * step.max_blocks;
+  int64_t block = begin / step.block_size, offset = begin % step.block_size;
   for (int64_t j = 0; j < end - begin; ++j) {
-    slots[j] = blocks[block] * in.step.block_size + offset;
-    if (++offset == in.step.block_size) {
+    slots[j] = blocks[block] * step.block_size + offset;
+    if (++offset == step.block_size) {
       offset = 0;
       ++block;
     }
+  }
+}
+
+// The cache slots of a request's positions selected[begin, end).
+VLLM_MS_INLINE void find_selected(const AttentionInputs &step, int64_t request, const float *selected, int64_t begin,
+                                  int64_t end, int64_t *slots) {
+  const int32_t *blocks = step.block_table + request * step.max_blocks;
+  const uint32_t size = static_cast<uint32_t>(step.block_size);
+  for (int64_t j = 0; j < end - begin; ++j) {
+    const uint32_t position = static_cast<uint32_t>(selected[begin + j]);
+    slots[j] = static_cast<int64_t>(blocks[position / size]) * step.block_size + position % size;
   }
 }
 

@@ -37,7 +37,7 @@ void infer_cache(const Tensor &cache, int64_t row) {
 }
 
 struct MlaTensors {
-  const Tensor &query, &kv_b, &cache;
+  const Tensor &query, &kv_b, &cache, &selected;
   RequestTensors requests;
 
   Shape infer(const MlaAttributes &a) const {
@@ -51,6 +51,10 @@ struct MlaTensors {
     require_equal(kv_b.dim(0), a.num_heads * (a.nope + a.v), "kv_b: rows and heads * (nope_dim + v_dim)");
     require_equal(kv_b.dim(1), a.lora, "kv_b: columns and kv_lora_rank");
     infer_cache(cache, a.row());
+    if (selected.given) {
+      require_rank(selected, 2, "selected");
+      require_equal(selected.dim(0), query.dim(0), "selected and query: number of tokens");
+    }
     requests.infer();
     return {query.dim(0), a.num_heads * a.v};
   }
@@ -75,6 +79,11 @@ struct MlaTensors {
     in.rope = a.rope;
     in.v = a.v;
     in.lora = a.lora;
+    if (selected.given) {
+      require_f32(selected, "selected");
+      in.selected = selected.as<float>();
+      in.top_k = selected.dim(1);
+    }
     return in;
   }
 };
@@ -124,14 +133,14 @@ struct MlaKvWriteOp {
 
 struct MlaAttentionOp {
   static constexpr const char *kName = "mla_attention";
-  static constexpr int kTensors = 6;
-  enum { kQuery, kKvB, kCache, kBlockTable, kQueryStartLoc, kSeqLens };
+  static constexpr int kTensors = 7;
+  enum { kQuery, kKvB, kCache, kBlockTable, kQueryStartLoc, kSeqLens, kSelected };
   MlaAttributes attributes;
 
   explicit MlaAttentionOp(const Attributes &a) : attributes(a) {}
 
   static MlaTensors tensors(const Inputs &in) {
-    return {in[kQuery], in[kKvB], in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
+    return {in[kQuery], in[kKvB], in[kCache], in[kSelected], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
   }
   Shape infer(const Inputs &in) const { return tensors(in).infer(attributes); }
 
@@ -144,9 +153,9 @@ struct MlaAttentionOp {
 
 struct MlaQkvAttentionOp {
   static constexpr const char *kName = "mla_qkv_attention";
-  static constexpr int kTensors = 11;
+  static constexpr int kTensors = 12;
   enum {
-    kQuery, kKvA, kPositions, kCosSin, kNorm, kKvB, kCache, kSlots, kBlockTable, kQueryStartLoc, kSeqLens
+    kQuery, kKvA, kPositions, kCosSin, kNorm, kKvB, kCache, kSlots, kBlockTable, kQueryStartLoc, kSeqLens, kSelected
   };
   MlaAttributes attributes;
   int64_t kv_column;
@@ -161,7 +170,7 @@ struct MlaQkvAttentionOp {
         norm_offset(a.number("norm_offset")) {}
 
   static MlaTensors tensors(const Inputs &in) {
-    return {in[kQuery], in[kKvB], in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
+    return {in[kQuery], in[kKvB], in[kCache], in[kSelected], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}};
   }
 
   Shape infer(const Inputs &in) const {
