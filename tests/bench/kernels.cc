@@ -1,15 +1,10 @@
 // What the kernels achieve, beside what the machine can do, both measured in one run. Built and run by kernels.py.
 //
 // Sizes are those of the Qwen3-0.6B shape, and weights and caches go round through more memory than caches hold.
-#include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -22,52 +17,15 @@
 #include "kernels/linear_quantized.h"
 #include "kernels/moe_experts.h"
 #include "kernels/norm.h"
+#include "measure.h"
 #include "mla_plan.h"
 #include "parallel.h"
 #include "peaks.h"
+#include "sparse_attention.h"
 
 using namespace vllm_ms;
 
 namespace {
-
-constexpr int kRounds = 5;
-
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
-// Median seconds of `work`, after one round that does not count.
-double median_seconds(const std::function<void()> &work) {
-  std::vector<double> seconds;
-  for (int round = 0; round <= kRounds; ++round) {
-    const double begin = now();
-    work();
-    if (round > 0) seconds.push_back(now() - begin);
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + kRounds / 2, seconds.end());
-  return seconds[kRounds / 2];
-}
-
-// Memory as the worker has it for weights and caches: in large pages where there are any.
-char *allocate(int64_t bytes) {
-  void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) std::abort();
-  madvise(data, bytes, MADV_HUGEPAGE);
-  return static_cast<char *>(data);
-}
-
-struct Peaks {
-  double bytes, products;  // a second
-} peaks;
-
-void report(const std::string &name, double seconds, double bytes, double operations) {
-  const double bound = std::max(bytes / peaks.bytes, operations / peaks.products);
-  std::printf("%-44s %10.1f us %8.1f GB/s %9.1f GFLOP/s %6.0f %% of the bound\n", name.c_str(), seconds * 1e6,
-              bytes / seconds * 1e-9, operations / seconds * 1e-9, 100 * bound / seconds);
-  std::fflush(stdout);
-}
 
 // Writes bf16 values as weights have them: normally distributed.
 void fill(char *weights, int64_t bytes) {
@@ -341,7 +299,7 @@ void rows() {
 
 }  // namespace
 
-// The argument is the one family of kernels to run: linear, experts, quantized, attention, latents or rows.
+// The argument is the one family of kernels to run: linear, experts, quantized, attention, latents, sparse or rows.
 int main(int argc, char **argv) {
   constexpr int64_t kMemory = 1 << 30;
   char *memory = allocate(kMemory);
@@ -369,5 +327,6 @@ int main(int argc, char **argv) {
   }
   if (runs("attention")) attentions();
   if (runs("latents")) latent_attentions();
+  if (runs("sparse")) sparse_attention();
   if (runs("rows")) rows();
 }

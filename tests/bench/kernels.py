@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench.figures import save
 from tests.bench.native import built
 
-FAMILIES = ("linear", "experts", "quantized", "attention", "latents", "rows")
+FAMILIES = ("linear", "experts", "quantized", "attention", "latents", "sparse", "rows")
 PEAKS = re.compile(r"peaks: read ([\d.]+) GB/s, .*?([\d.]+) GFLOP/s")
 KERNEL = re.compile(r"(?P<name>.+?) +[\d.]+ us +(?P<bytes>[\d.]+) GB/s +(?P<operations>[\d.]+) GFLOP/s")
 
