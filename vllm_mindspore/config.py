@@ -66,10 +66,10 @@ def _refuse_options(vllm_config) -> None:
     cache, offload, attention = vllm_config.cache_config, vllm_config.offload_config, vllm_config.attention_config
     own_attention = attention.backend is None or attention.backend.name == "CUSTOM"
     leave_out = "Leave the option out."
-    indexer_dtype, indexer_kernel = (
-        None if value == "auto" else value
-        for value in (attention.indexer_kv_dtype, vllm_config.kernel_config.sparse_indexer_topk_backend)
-    )
+    # not in every version of vLLM
+    indexer_dtype = getattr(attention, "indexer_kv_dtype", "auto")
+    indexer_kernel = getattr(vllm_config.kernel_config, "sparse_indexer_topk_backend", "auto")
+    gathers_always = getattr(attention, "sparse_mla_force_mqa", False)
     refused = (
         ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
         ("--speculative-config", vllm_config.speculative_config, "plain decoding", leave_out),
@@ -80,8 +80,9 @@ def _refuse_options(vllm_config) -> None:
         ("--kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, "running without it", leave_out),
         ("--cpu-offload-gb", offload.uva.cpu_offload_gb, "weights in memory", leave_out),
         ("--offload-group-size", offload.prefetch.offload_group_size, "weights in memory", leave_out),
-        ("--attention-config.indexer_kv_dtype", indexer_dtype, "keys in the KV cache's type", leave_out),
-        ("--sparse-indexer-topk-backend", indexer_kernel, "its own selection", leave_out),
+        ("--attention-config.indexer_kv_dtype", _unless_auto(indexer_dtype), "the KV cache's type", leave_out),
+        ("--attention-config.sparse_mla_force_mqa", gathers_always, "its own choice for each request", leave_out),
+        ("--sparse-indexer-topk-backend", _unless_auto(indexer_kernel), "its own selection", leave_out),
         ("--attention-backend", None if own_attention else attention.backend, "its own paged attention", leave_out),
     )
     for option, value, supported, advice in refused:
@@ -91,6 +92,10 @@ def _refuse_options(vllm_config) -> None:
             raise UnsupportedOptionError(option, found, supported, advice)
     if cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise UnsupportedOptionError("--kv-cache-dtype", cache.cache_dtype, "auto, float16 and bfloat16", leave_out)
+
+
+def _unless_auto(value: str) -> str | None:
+    return None if value == "auto" else value
 
 
 def verify_quantization(method: str) -> None:

@@ -17,6 +17,7 @@ LAYOUTS = [
     ("parallel-qwen3-moe", 2, TENSORS),
     ("parallel-deepseek-v3", 2, EXPERTS),
     ("parallel-deepseek-v3", 2, EXPERTS, TENSORS),
+    ("parallel-deepseek-v32", 2, EXPERTS),
     ("parallel-gpt-oss", 2),
     ("parallel-pangu-pro-moe", 2, EXPERTS),
     ("parallel-qwen3", 2),

@@ -17,12 +17,13 @@ from vllm_mindspore.quantization import DEQUANTIZE
 PROBE = Path(__file__).with_name("start_probe.py")
 IDS = max(PROMPTS, key=len)
 DEEPSEEK = "deepseek-v3-moe"
+SPARSE = "parallel-deepseek-v32"
 EXPERT = "layers.2.mlp.experts.3.up_proj.weight"
 # DeepSeek's with all its matrices but routers in fp8, and one that config.json lists as not converted; V3.2's with one
 # of the two that the indexer's weight is put together of.
 CASES = {
     DEEPSEEK: (fp8.BLOCKS, ("mlp.gate.", "layers.1.self_attn.o_proj")),
-    "deepseek-v32": (fp8.BLOCKS, ("mlp.gate.", "weights_proj")),
+    SPARSE: (fp8.BLOCKS, ("mlp.gate.", "weights_proj")),
     "qwen2": (fp8.TENSORS, ("lm_head", "embed_tokens")),
     "qwen3": (fp8.ROWS, ("lm_head", "embed_tokens")),
 }
@@ -43,7 +44,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "deepseek-v32" else name for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == SPARSE else name for name in CASES]
 )
 def test_float32_tokens_and_logits_equal_hugging_faces_of_the_multiplied_weights(name, written):
     in_fp8, exact = written(name)

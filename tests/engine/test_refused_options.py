@@ -45,6 +45,7 @@ OPTIONS = {
     "--kv-sharing-fast-prefill": dict(kv_sharing_fast_prefill=True),
     "--cpu-offload-gb": dict(cpu_offload_gb=1.0),
     "--attention-config.indexer_kv_dtype": dict(attention_config={"indexer_kv_dtype": "fp8"}),
+    "--attention-config.sparse_mla_force_mqa": dict(attention_config={"sparse_mla_force_mqa": True}),
     "--sparse-indexer-topk-backend": dict(sparse_indexer_topk_backend="flashinfer"),
     "--attention-backend": dict(attention_backend="FLASH_ATTN"),
     "--enable-dbo": dict(enable_dbo=True, all2all_backend="deepep_low_latency"),

@@ -11,7 +11,7 @@ import pytest
 from tests.ops.helpers import lower_instruction_sets
 
 FILES = ["test_linear.py", "test_quantized.py", "test_norm.py", "test_activation.py", "test_embedding.py"]
-FILES += ["test_pointwise.py", "test_moe.py", "test_moe_route.py", "test_sampling.py"]
+FILES += ["test_pointwise.py", "test_moe.py", "test_moe_route.py", "test_indexer.py", "test_sampling.py"]
 
 
 @pytest.mark.slow  # tests/ops/native tests the kernels of all instruction sets

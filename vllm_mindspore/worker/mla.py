@@ -176,7 +176,7 @@ def adopt(model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if type(module) is MLAAttention]
     for layer in layers:
         layer.__class__ = MindSporeMLAAttention
-    if any(layer.use_sparse for layer in layers):
+    if any(isinstance(layer.impl, MindSporeSparseMLAImpl) for layer in layers):
         from vllm_mindspore.worker import indexer  # imports the models that have one
 
         indexer.adopt(model)
