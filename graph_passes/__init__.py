@@ -16,15 +16,18 @@ from vllm_mindspore.graph_passes import (
     fuse_residual,
     fuse_rms_norm,
     fuse_rotary,
+    mask_ids,
     merge_duplicates,
     select_rows,
     take_columns,
+    take_concat,
 )
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
 
 PASSES: list[GraphPass] = [
     GraphPass("drop_noops", drop_noops.run),
     GraphPass("merge_duplicates", merge_duplicates.run),
+    GraphPass("mask_ids", mask_ids.run),
     GraphPass("fuse_rms_norm", fuse_rms_norm.run),
     GraphPass("fuse_rotary", fuse_rotary.run),
     GraphPass("drop_batch", drop_batch.run),
@@ -37,6 +40,7 @@ PASSES: list[GraphPass] = [
     GraphPass("fuse_norm", fuse_norm.run),
     GraphPass("select_rows", select_rows.run),
     GraphPass("take_columns", take_columns.run),
+    GraphPass("take_concat", take_concat.run),
 ]
 
 __all__ = ["PASSES", "GraphPass", "PassManager", "PassReport"]

@@ -31,6 +31,8 @@ def check_and_update(vllm_config) -> None:
     Raises:
         UnsupportedOptionError: names the option, what was found, what is supported, and what to do.
     """
+    from vllm_mindspore import speculation  # which needs the error above
+
     options.backend_from_environment()
     _refuse_parallelism(vllm_config.parallel_config)
     _refuse_options(vllm_config)
@@ -39,6 +41,7 @@ def check_and_update(vllm_config) -> None:
         _refuse_model(vllm_config.model_config)
         _refuse_expert_parallelism(vllm_config.model_config, vllm_config.parallel_config)
     _update(vllm_config)
+    speculation.check_and_update(vllm_config)
 
 
 def _refuse_parallelism(parallel_config) -> None:
@@ -72,7 +75,6 @@ def _refuse_options(vllm_config) -> None:
     gathers_always = getattr(attention, "sparse_mla_force_mqa", False)
     refused = (
         ("--enable-lora", vllm_config.lora_config, "merged weights only", "Merge the adapter into the checkpoint."),
-        ("--speculative-config", vllm_config.speculative_config, "plain decoding", leave_out),
         ("--kv-transfer-config", vllm_config.kv_transfer_config, "one engine per model", leave_out),
         ("--ec-transfer-config", vllm_config.ec_transfer_config, "text models", leave_out),
         ("--weight-transfer-config", vllm_config.weight_transfer_config, "weights from a checkpoint", leave_out),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_mindspore.compiler.capture import Capture, CaptureError
+from vllm_mindspore.worker import facts
 from vllm_mindspore.worker.model_capture import replaced_weights
 
 
@@ -25,12 +26,12 @@ class Tied(torch.nn.Module):
 
 
 def capture(module: torch.nn.Module, function=None):
-    collected = Capture("test")
-    positions = collected.add_weights(module)
+    collected, tensors_of_module = Capture("test"), facts.tensors_of(module)
+    positions = collected.add_weights(tensors_of_module)
     collected.add_input("tensor", "x", (9, 4), torch.float32, dynamic=(0,))
 
     def call(tensors):
-        with replaced_weights(module, {name: tensors[i] for name, i in positions.items()}):
+        with replaced_weights(module, tensors_of_module, {name: tensors[i] for name, i in positions.items()}):
             return (function or module.forward)(tensors[-1])
 
     return collected.trace(call)

@@ -25,10 +25,10 @@ def engine(name: str, folder: Path | None = None, **options) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def server(name: str, log: Path, *options: str) -> Server:
-    """A server on family `name` in float32."""
+def server(name: str, log: Path, *options: str, folder: Path | None = None) -> Server:
+    """A server on family `name` in float32. folder: another checkpoint of it."""
     settings = [word for key, value in SETTINGS.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    command = ["vllm", "serve", str(checkpoint(name)), "--backend", "mindspore", "--served-model-name", NAME]
+    command = ["vllm", "serve", str(folder or checkpoint(name)), "--backend", "mindspore", "--served-model-name", NAME]
     return Server([*command, "--dtype", "float32", *settings, *options], commands.free_port(), log)
 
 

@@ -32,14 +32,21 @@ MODELS = {
                          num_hidden_layers=2, vocab_size=1000, intermediate_size=128, conv_kernel=4, expand=2,
                          time_step_rank=4), "state-space layers"),
 }  # fmt: skip
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OPTIONS = {
     "--decode-context-parallel-size": dict(tensor_parallel_size=3, decode_context_parallel_size=3),
     "--nnodes": dict(tensor_parallel_size=3, nnodes=3, master_addr="127.0.0.1"),
     "--enable-lora": dict(enable_lora=True),
     "--quantization": dict(quantization="fp8"),
-    "--speculative-config": dict(
-        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    "--speculative-config method": dict(speculative_config={**NGRAM, "method": "ngram_gpu"}),
+    "--speculative-config rejection_sample_method": dict(
+        speculative_config={**NGRAM, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}
     ),
+    "--speculative-config use_local_argmax_reduction": dict(
+        speculative_config={**NGRAM, "use_local_argmax_reduction": True}
+    ),
+    "--speculative-config with --pipeline-parallel-size": dict(speculative_config=NGRAM, pipeline_parallel_size=2),
+    "--speculative-config with --data-parallel-size": dict(speculative_config=NGRAM, data_parallel_size=2),
     "--kv-cache-dtype": dict(kv_cache_dtype="fp8"),
     "--kv-offloading-size": dict(kv_offloading_size=1.0),
     "--kv-sharing-fast-prefill": dict(kv_sharing_fast_prefill=True),
@@ -85,6 +92,27 @@ def test_experts_that_a_loader_cannot_spread(configure):
     assert configure(model, **options).parallel_config.tensor_parallel_size == 2
     with pytest.raises(ValueError, match=r"--enable-expert-parallel .*found 7 experts on 2 ranks"):
         configure(model, **options, enable_expert_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "found"),
+    [
+        (dict(model_type="qwen2", architectures=["MiMoForCausalLM"]), "no num_nextn_predict_layers"),
+        (dict(model_type="ernie4_5_moe", architectures=["Ernie4_5_MoeForCausalLM"], num_nextn_predict_layers=1),
+         "found ErnieMTPModel"),
+    ],
+    ids=["no layer", "another class"],
+)  # fmt: skip
+def test_drafts_that_are_not_there(architecture, found, configure, tmp_path):
+    folder = checkpoints.configuration(tmp_path / "model", **{**LLAMA, **architecture})
+    with pytest.raises(ValueError, match=rf"--speculative-config.*{found}.*The MindSpore backend supports .+"):
+        configure(folder, skip_tokenizer_init=True, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+
+
+def test_speculative_decoding_decides_how_drafts_are_made(configure):
+    config = configure(checkpoint("qwen3"), speculative_config=NGRAM)
+    assert config.speculative_config.disable_padded_drafter_batch
+    assert not config.scheduler_config.async_scheduling
 
 
 def test_supported_configuration_is_accepted(configure):

@@ -94,6 +94,13 @@ def test_binary_also_runs(name):
     assert np.array_equal(op(x, y).asnumpy(), registry.build("binary", "cpu", op=name)(x, y).asnumpy())
 
 
+def test_concat_also_runs():
+    x, y = ones(4, 3), ones(4, 5)
+    op = registry.build("concat", "ascend")
+    assert "Concat" in export(op, x, y)
+    assert np.array_equal(op(x, y).asnumpy(), registry.build("concat", "cpu")(x, y).asnumpy())
+
+
 @pytest.mark.parametrize("activation", ["", "relu", "relu2", "silu"])
 def test_activation_also_runs(activation):
     x = tensor(np.linspace(-6, 6, 50).reshape(5, 10))

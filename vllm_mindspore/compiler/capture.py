@@ -6,7 +6,6 @@ attention metadata are graph inputs; floating point parameters are captured as f
 float32 whatever the weights' storage type is (operators read bf16 and fp16 weights directly).
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -87,10 +86,10 @@ class Capture:
         self.fakes.append(fake)
         return fake
 
-    def add_weights(self, model: torch.nn.Module) -> dict[str, int]:
-        """Add every parameter and buffer; returns qualified name → position among the inputs."""
+    def add_weights(self, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        """Add a model's parameters and buffers; returns their names → position among the inputs."""
         positions = {}
-        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        for name, tensor in tensors.items():
             dtype = torch.float32 if tensor.dtype in FLOATS else tensor.dtype
             positions[name] = len(self.inputs)
             if tensor.numel():

@@ -170,3 +170,10 @@ class Binary(_Operator):
 
     def construct(self, *tensors):
         return self.apply(self.cast(tensors[0], ms_float32), self.cast(tensors[1], ms_float32))
+
+
+class Concat(_Operator):
+    """Rows of x [..., N] and y [..., M] side by side."""
+
+    def construct(self, *tensors):
+        return ops.cat((self.cast(tensors[0], ms_float32), self.cast(tensors[1], ms_float32)), -1)

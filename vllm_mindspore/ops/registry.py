@@ -14,7 +14,7 @@ NAMESPACE = "vllm_ms"
 
 # Each of these modules of vllm_mindspore.ops has a list OPERATORS.
 _DEFINITIONS = (
-    "embedding", "linear", "quantized", "norm", "activation", "pointwise", "rotary", "attention", "mla",
+    "embedding", "linear", "quantized", "norm", "activation", "pointwise", "concat", "rotary", "attention", "mla",
     "indexer", "moe", "collectives", "exchange",
 )  # fmt: skip
 

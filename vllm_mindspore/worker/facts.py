@@ -16,20 +16,27 @@ DISTRIBUTIONS = ("vllm", "torch", "mindspore", "numpy", "transformers")
 
 def of_model(model: torch.nn.Module, vllm_config: VllmConfig) -> dict[str, object]:
     """Facts for the cache key; see `Compiler`."""
-    source = inspect.getsourcefile(type(model))
     return {
         "versions": {name: metadata.version(name) for name in DISTRIBUTIONS},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "package": cache.source_hash(),
-        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model_source": cache.file_hash(Path(source)) if source else "",
+        **of_class(model),
         "hf_config": vllm_config.model_config.hf_config.to_dict(),
         "max_model_len": vllm_config.model_config.max_model_len,
         "dtype": str(vllm_config.model_config.dtype),
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "quantization": vllm_config.model_config.quantization,
         "parallel": of_rank(vllm_config.parallel_config),
+    }
+
+
+def of_class(model: torch.nn.Module) -> dict[str, str]:
+    """The model's class and the file that it is written in."""
+    source = inspect.getsourcefile(type(model))
+    return {
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model_source": cache.file_hash(Path(source)) if source else "",
     }
 
 
@@ -51,6 +58,6 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and storage type of every parameter and buffer."""
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors_of(model).items()}
+def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and storage type of every tensor."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -1,6 +1,10 @@
 """Numpy forms of the Triton kernels that vLLM's in-tree runner launches on the host side of a step."""
 
+import functools
+
 import numpy as np
+
+from vllm_mindspore.worker import rejection_kernels
 
 
 def compute_slot_mapping(
@@ -33,11 +37,15 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:max_num_tokens] = PAD_ID
 
 
-KERNELS = {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
+KERNELS = {
+    "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
+    **rejection_kernels.KERNELS,
+}
 
 
+@functools.cache
 def register() -> None:
-    """Hand the kernels to vLLM's dispatcher (`Platform.register_triton_kernel_overrides`)."""
+    """Hand the kernels to vLLM's dispatcher (`Platform.register_triton_kernel_overrides`), once in a process."""
     from vllm.triton_utils.dispatcher import register_kernels
 
     register_kernels(KERNELS)

@@ -68,10 +68,10 @@ def inspect(vllm_config: VllmConfig) -> list[InspectedGraph]:
             model = initialize_model(vllm_config=vllm_config)
         mla.adopt(model)
         groups = [KVGroup(tuple(g.layer_names), g.kv_cache_spec.block_size) for g in kv_groups.of_model(vllm_config)]
-        graphs = []
+        weights, graphs = facts.weights_of(facts.tensors_of(model)), []
         for captured in model_capture.capture_model(model, vllm_config):
             manager = PassManager(PASSES, options.disabled_passes(), keep_text=True)
-            emitted, reports = lower(captured, manager, groups, facts.weights_of(model), "cpu", architecture)
+            emitted, reports = lower(captured, manager, groups, weights, "cpu", architecture)
             path = folder / f"{captured.name}.py"
             path.write_text(emitted.source)
             graphs.append(InspectedGraph(captured.name, reports, emitted, path))

@@ -24,21 +24,26 @@ from vllm_mindspore.compiler.capture import (
     CapturedGraph,
 )
 from vllm_mindspore.models.expert_parallel import TOKEN_RANKS
+from vllm_mindspore.worker import facts
 from vllm_mindspore.worker.attention import GraphAttentionMetadata
 from vllm_mindspore.worker.mla import IndexerKeys
 from vllm_mindspore.worker.moe import MindSporeMoERunner
 
 ATTENTION_LAYERS = (Attention, MLAAttention, IndexerKeys)  # those that have operators of ours
-RECEIVED = "received_"  # what a pipeline stage gets from the one before: the names of graph inputs
+# Names of graph inputs
+RECEIVED = "received_"  # what a pipeline stage gets from the one before
+HIDDEN_STATES = "hidden_states"  # of the model, for its draft
 
 
 @contextmanager
-def replaced_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While active, every parameter and buffer named in `weights` is that tensor, wherever the model refers to it.
+def replaced_weights(
+    model: torch.nn.Module, named: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """While active, every parameter and buffer that is in `named` is the tensor of that name in `weights`, wherever
+    the model refers to it.
 
     Modules may be shared (one rotary embedding for all layers) and parameters tied, so tensors are matched by identity.
     """
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     replacement = {id(named[name]): tensor for name, tensor in weights.items()}
     originals = []
     for module in model.modules():
@@ -52,14 +57,49 @@ def replaced_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -
             slots.update(values)
 
 
-def capture_model(model: torch.nn.Module, vllm_config: VllmConfig) -> Iterator[CapturedGraph]:
-    """The graph of a step, then that of `compute_logits` alone where there is a head, each when it is asked for."""
+def capture_draft(
+    draft: torch.nn.Module, vllm_config: VllmConfig, tensors: dict[str, torch.Tensor], hidden_size: int
+) -> CapturedGraph:
+    """input_ids [num_tokens] int32, positions [num_tokens] int64, hidden_states [num_tokens, hidden_size] float32,
+    attention inputs, rows [num_rows] int64 → [num_rows, hidden] float32, [num_rows, vocabulary] float32 and, for each
+    layer of experts, [num_experts] float32.
+
+    hidden_states: of the model at these tokens, whose next ones are input_ids. The first result is what takes their
+    place when the next but one is drafted, at the tokens `rows`; the second their logits. tensors: the draft's
+    parameters and buffers, each under the one name that it has in all graphs.
+    """
+    capture = Capture("draft")
+    inputs = StepInputs(capture, draft, vllm_config, tensors, hidden_size)
+
+    def forward(values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        inputs.values = values
+        with inputs.context(draft):
+            output = draft.forward(
+                input_ids=inputs("input_ids"), positions=inputs("positions"), hidden_states=inputs(HIDDEN_STATES)
+            )
+            for_logits, for_next = output if isinstance(output, tuple) else (output, output)
+            sampled, following = (torch.ops.vllm_ms.embedding(inputs("rows"), rows) for rows in (for_logits, for_next))
+            counts = [layer.tokens_of_experts for layer in inputs.experts.values()]
+            return following, draft.compute_logits(sampled), *counts
+
+    return capture.trace(forward)
+
+
+def capture_model(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    draft: tuple[torch.nn.Module, dict[str, torch.Tensor]] | None = None,
+) -> Iterator[CapturedGraph]:
+    """The graph of a step, then that of `compute_logits` alone where there is a head, then that of the draft (a model
+    and its tensors by name), each when it is asked for."""
     forward = capture_forward(model, vllm_config)
     hidden_states, *_ = forward.results
     hidden_size = hidden_states.meta["val"].shape[-1]
     yield forward
     if get_pp_group().is_last_rank:
         yield capture_logits(model, hidden_size)
+    if draft is not None:
+        yield capture_draft(draft[0], vllm_config, draft[1], hidden_size)
 
 
 def tensors_between_stages(model: torch.nn.Module) -> dict[str, int]:
@@ -68,10 +108,22 @@ def tensors_between_stages(model: torch.nn.Module) -> dict[str, int]:
     return {name: tensor.shape[-1] for name, tensor in sorted(empty.items())}
 
 
-def attention_layers(vllm_config: VllmConfig) -> dict[str, AttentionLayerBase]:
-    """The model's attention layers and keys of indexers by name, in order of creation: `ATTENTION_LAYERS`."""
+def attention_layers(
+    vllm_config: VllmConfig, model: torch.nn.Module | None = None
+) -> dict[str, AttentionLayerBase]:
+    """The attention layers and keys of indexers (`ATTENTION_LAYERS`) of the engine, or of one of its models, by name,
+    in order of creation."""
+    return _layers_of(vllm_config, ATTENTION_LAYERS, model)
+
+
+def _layers_of(vllm_config: VllmConfig, classes, model: torch.nn.Module | None) -> dict:
     context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if isinstance(layer, ATTENTION_LAYERS)}
+    inside = None if model is None else set(model.modules())
+    return {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, classes) and (inside is None or layer in inside)
+    }
 
 
 def cache_owner(layer_name: str, layers: dict[str, AttentionLayerBase]) -> str:
@@ -86,22 +138,29 @@ def cache_row(layer: AttentionLayerBase) -> tuple[int, int]:
     return 1, layer.head_size
 
 
-def expert_layers(vllm_config: VllmConfig) -> dict[str, MindSporeMoERunner]:
+def expert_layers(vllm_config: VllmConfig, model: torch.nn.Module) -> dict[str, MindSporeMoERunner]:
     """The model's layers of experts by name, in order of creation."""
-    context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if isinstance(layer, MindSporeMoERunner)}
+    return _layers_of(vllm_config, MindSporeMoERunner, model)
 
 
 class StepInputs:
     """The inputs of a step's graph, by kind and name."""
 
-    def __init__(self, capture: Capture, model: torch.nn.Module, vllm_config: VllmConfig):
-        self.weights = capture.add_weights(model)
-        self.layers = attention_layers(vllm_config)
-        self.experts = expert_layers(vllm_config)
+    def __init__(
+        self,
+        capture: Capture,
+        model: torch.nn.Module,
+        vllm_config: VllmConfig,
+        tensors: dict[str, torch.Tensor],
+        hidden_size: int | None = None,
+    ):
+        """tensors: the model's parameters and buffers by name. hidden_size: of a draft's model."""
+        self.tensors, self.weights = tensors, capture.add_weights(tensors)
+        self.layers = attention_layers(vllm_config, model)
+        self.experts = expert_layers(vllm_config, model)
         self.ranks = vllm_config.parallel_config.data_parallel_size if self.experts else 1
         self.vllm_config = vllm_config
-        self._add_tokens(capture)
+        self._add_tokens(capture, hidden_size)
         self.received: list[str] = []
         if not get_pp_group().is_first_rank:
             for name, width in tensors_between_stages(model).items():
@@ -115,13 +174,16 @@ class StepInputs:
         self.position = {(graph_input.kind, graph_input.name): i for i, graph_input in enumerate(capture.inputs)}
         self.values: list[torch.Tensor] = []
 
-    def _add_tokens(self, capture: Capture) -> None:
+    def _add_tokens(self, capture: Capture, hidden_size: int | None) -> None:
         capture.add_input("tensor", "input_ids", (NUM_TOKENS,), torch.int32, dynamic=(0,))
         capture.add_input("tensor", "positions", (NUM_TOKENS,), torch.int64, dynamic=(0,))
         capture.add_input("tensor", "query_start_loc", (NUM_REQS + 1,), torch.int32, dynamic=(0,))
         capture.add_input("tensor", "seq_lens", (NUM_REQS,), torch.int32, dynamic=(0,))
         capture.add_input("tensor", "rows", (NUM_ROWS,), torch.int64, dynamic=(0,))
-        capture.add_input("tensor", "logits_rows", (NUM_LOGITS,), torch.int64, dynamic=(0,))
+        if hidden_size is None:
+            capture.add_input("tensor", "logits_rows", (NUM_LOGITS,), torch.int64, dynamic=(0,))
+        else:
+            capture.add_input("tensor", HIDDEN_STATES, (NUM_TOKENS, hidden_size), torch.float32, dynamic=(0,))
         if self.ranks > 1:
             capture.add_input("tensor", TOKEN_RANKS, (NUM_ALL_TOKENS,), torch.int32, dynamic=(0,))
 
@@ -151,7 +213,7 @@ class StepInputs:
             tokens["num_tokens_across_dp"] = [NUM_TOKENS] * self.ranks  # vLLM looks at it, which a capture cannot do
         try:
             with (
-                replaced_weights(model, {name: self.values[i] for name, i in self.weights.items()}),
+                replaced_weights(model, self.tensors, {name: self.values[i] for name, i in self.weights.items()}),
                 _no_head_dtype(model),
                 set_forward_context(metadata, self.vllm_config, **tokens),
             ):
@@ -177,7 +239,7 @@ def capture_forward(model: torch.nn.Module, vllm_config: VllmConfig) -> Captured
     once vLLM has formed its KV cache groups.
     """
     capture = Capture("model")
-    inputs = StepInputs(capture, model, vllm_config)
+    inputs = StepInputs(capture, model, vllm_config, facts.tensors_of(model))
 
     def forward(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         inputs.values = tensors
@@ -220,13 +282,14 @@ def capture_logits(model: torch.nn.Module, hidden_size: int) -> CapturedGraph:
 
     hidden_size: the width of what `forward` returns (not always the model's hidden size: OPT projects out of it).
     """
-    capture = Capture("logits")
-    weights = capture.add_weights(model)
+    capture, named = Capture("logits"), facts.tensors_of(model)
+    weights = capture.add_weights(named)
     row = len(capture.inputs)
     capture.add_input("tensor", "hidden_states", (NUM_TOKENS, hidden_size), torch.float32, dynamic=(0,))
 
     def compute_logits(tensors: list[torch.Tensor]) -> torch.Tensor:
-        with replaced_weights(model, {name: tensors[i] for name, i in weights.items()}), _no_head_dtype(model):
+        values = {name: tensors[i] for name, i in weights.items()}
+        with replaced_weights(model, named, values), _no_head_dtype(model):
             return model.compute_logits(tensors[row])
 
     return capture.trace(compute_logits)

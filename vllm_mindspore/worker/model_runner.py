@@ -18,7 +18,9 @@ from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
 from vllm_mindspore.quantization import dequantize
-from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, sampling
+from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, rejection, sampling
+from vllm_mindspore.worker.draft import DraftProposer
+from vllm_mindspore.worker.draft_step import DraftStep
 from vllm_mindspore.worker.step import ModelStep
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
@@ -36,6 +38,11 @@ class MindSporeModelRunner(CPUModelRunner):
         finally:
             scheduler.async_scheduling = asynchronous
         sampling.use_kernels(self.sampler)
+        self.draft: DraftProposer | None = None
+        if self.speculative_config is not None:
+            self.rejection_sampler = rejection.MatchingSampler(self.sampler, self.speculative_config, device)
+            if self.speculative_config.use_eagle():
+                self.drafter = self.draft = DraftProposer(vllm_config, device, self)
         self.compile_seconds = 0.0
         self.population: huge_pages.Population | None = None
 
@@ -55,9 +62,11 @@ class MindSporeModelRunner(CPUModelRunner):
 
         def load_weights(model, model_config) -> None:
             self._prepare_graphs(model)
-            huge_pages.request([*model.parameters(), *model.buffers()])
+            huge_pages.request(self._tensors(model).values())
             with self.compiler.building():
                 read_weights(model, model_config)
+                if self.draft is not None:
+                    self.draft.load_weights(model, read_weights)
 
         loader.load_weights = load_weights
         begin = time.perf_counter()
@@ -68,16 +77,25 @@ class MindSporeModelRunner(CPUModelRunner):
             self.compile_seconds,
         )
 
+    def _tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """All parameters and buffers by the names that they have in graphs: the model's, then the draft's others."""
+        tensors = facts.tensors_of(model)
+        return tensors if self.draft is None else {**tensors, **self.draft.tensors(model)}
+
     def _prepare_graphs(self, model: torch.nn.Module) -> None:
         begin = time.perf_counter()
         mla.adopt(model)
+        known = facts.of_model(model, self.vllm_config)
+        if self.draft is not None:
+            self.draft.instantiate(model)
+            known["draft"] = self.draft.facts()
         groups = [
             KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size)
             for group in kv_groups.of_model(self.vllm_config)
         ]
         self.compiler = Compiler(
-            facts.of_model(model, self.vllm_config),
-            facts.weights_of(model),
+            known,
+            facts.weights_of(self._tensors(model)),
             groups,
             device="cpu",
             eager=self.model_config.enforce_eager,
@@ -89,7 +107,8 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def _capture(self, model: torch.nn.Module) -> None:
         started = time.perf_counter()
-        for captured in model_capture.capture_model(model, self.vllm_config):
+        draft = None if self.draft is None else (self.draft.model, self.draft.tensors(model))
+        for captured in model_capture.capture_model(model, self.vllm_config, draft):
             logger.info("graph %s captured in %.1f s", captured.name, time.perf_counter() - started)
             self.compiler.add(captured, self.model_config.architecture)
             started = time.perf_counter()
@@ -106,7 +125,7 @@ class MindSporeModelRunner(CPUModelRunner):
         logger.info("graphs ready and %d tokens run in %.1f s", self.max_num_tokens, time.perf_counter() - begin)
 
     def _compile_and_profile(self) -> None:
-        weights = facts.tensors_of(self.model)
+        weights = self._tensors(self.model)
         self.compiler.arrange(weights)
         self._keep_loading(weights)
         pipeline = get_pp_group()
@@ -117,6 +136,10 @@ class MindSporeModelRunner(CPUModelRunner):
             self.compiler.compiled_files,
             model_capture.tensors_between_stages(self.model) if pipeline.world_size > 1 else None,
         )
+        if self.draft is not None:
+            hidden_size = self.step.model.emitted.outputs[0][1]
+            program, files = self.compiler.program("draft", weights), self.compiler.compiled_files
+            self.draft.step = DraftStep(program, self.compiler.groups, files, hidden_size)
         if not pipeline.is_first_rank:  # vLLM would make them of the weights' type
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=torch.float32, device=self.device
@@ -160,18 +183,30 @@ class MindSporeModelRunner(CPUModelRunner):
                 f"{self.compiler.groups}"
             )
         self.step.bind_kv_caches(caches)
+        if self.draft is not None:
+            self.draft.step.bind_kv_caches(caches)
         return caches
 
     def _prepare_inputs(self, *args, **kwargs):
         prepared = super()._prepare_inputs(*args, **kwargs)
         logits_indices = prepared[0]
-        self.step.expect(logits_indices.long(), every_row=bool(self.num_prompt_logprobs))
+        every_row = bool(self.num_prompt_logprobs) or self.draft is not None
+        self.step.expect(logits_indices.long(), every_row)
         return prepared
 
     def sample_tokens(self, grammar_output):
         thrown_away = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
         with sampling.set_aside(self.input_batch.generators, thrown_away):
             return super().sample_tokens(grammar_output)
+
+    def _copy_draft_token_ids_to_cpu(self, scheduler_output, zeros_only: bool = False) -> None:
+        """Drafts are on the host already. Near the maximum length there are none, rather than zeros."""
+        requests = self.input_batch.req_ids.copy()
+        if zeros_only:
+            self._draft_token_ids = [[] for _ in requests]
+        elif isinstance(self._draft_token_ids, torch.Tensor):
+            self._draft_token_ids = self._draft_token_ids.tolist()
+        self._draft_token_req_ids = requests
 
     def kv_cache_bytes_of_one_request(self) -> int:
         """Bytes of KV cache that one request of the maximum length needs."""
@@ -193,11 +228,20 @@ class MindSporeModelRunner(CPUModelRunner):
 
     def tokens_of_experts(self) -> dict[str, list[int]]:
         """By layer of experts: how many tokens each expert has computed."""
-        names = model_capture.expert_layers(self.vllm_config)
-        return dict(zip(names, self.step.tokens_of_experts() if names else [], strict=True))
+        parts = [(self.model, self.step.counts)]
+        if self.draft is not None:
+            parts.append((self.draft.model, self.draft.step.counts))
+        return {
+            layer: tokens
+            for model, counts in parts
+            for layer, tokens in zip(model_capture.expert_layers(self.vllm_config, model), counts.tolist(), strict=True)
+        }
 
     def graph_statistics(self) -> dict[str, object]:
         """Counts per graph: compiles, loads, calls; passes' matches; operators; weights shared without a copy."""
+        programs = {"model": self.step.model, "logits": self.step.logits}
+        if self.draft is not None:
+            programs["draft"] = self.draft.step.program
         return {
             name: {
                 **vars(program.counters),
@@ -210,7 +254,7 @@ class MindSporeModelRunner(CPUModelRunner):
                 "weights_in_columns": len(program.columns),
                 "weights_coded": sum(program.columns.values()),
             }
-            for name, program in (("model", self.step.model), ("logits", self.step.logits))
+            for name, program in programs.items()
             if program is not None
         }
 

@@ -51,6 +51,11 @@ def _top_k_top_p(
     return sample(logits, k, p, uniforms(logits.shape[0], generators)), None
 
 
+def draws_by_kernel(sampler: Sampler) -> bool:
+    """Whether random tokens of this `sampler` are our kernel's: see `use_kernels`."""
+    return sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES and not sampler.use_fp64_gumbel
+
+
 def use_kernels(sampler: Sampler) -> None:
     """Make this `sampler`, and whatever else holds it, call our kernels.
 
@@ -58,5 +63,5 @@ def use_kernels(sampler: Sampler) -> None:
     asked for its own float64 noise (`use_fp64_gumbel`).
     """
     sampler.greedy_sample = argmax
-    if sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES and not sampler.use_fp64_gumbel:
+    if draws_by_kernel(sampler):
         sampler.topk_topp_sampler.forward = _top_k_top_p
