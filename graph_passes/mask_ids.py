@@ -2,7 +2,8 @@
 
 where(positions[:, None] == 0, 0, embedding(ids, weight))   →   embedding(masked_fill(ids, positions == 0, -1), weight)
 
-also with the sum over ranks between them. Drafts leave out the first token of a text.
+also where zero is assigned to rows[positions == 0], and with the sum over ranks after the embedding. Drafts leave out
+the first token of a text.
 """
 
 import torch
@@ -17,20 +18,29 @@ LOOKUPS = ("embedding", "embedding_shard")
 def run(graph: Graph) -> int:
     """Returns the number of choices replaced."""
     replaced = 0
-    for choice in list(graph.find_nodes(op="call_function", target=aten.where.self)):
-        mask, zero, rows = choice.args
-        lookup = _lookup(rows)
-        if lookup is None or not _is_zero(zero) or not _is_comparison_of_tokens(mask):
+    for node in list(graph.nodes):
+        comparison, zero, rows = _choice(node)
+        lookup, positions = _lookup(rows), _positions(comparison)
+        if lookup is None or positions is None or not _is_zero(zero):
             continue
         ids = lookup.args[0]
         with graph.inserting_before(lookup):
-            of_tokens = call(graph, aten.eq.Scalar, mask.args[0].args[0], mask.args[1])
-            masked = call(graph, aten.masked_fill.Scalar, ids, of_tokens, -1)
+            mask = call(graph, aten.eq.Scalar, positions, comparison.args[1])
+            masked = call(graph, aten.masked_fill.Scalar, ids, mask, -1)
         lookup.replace_input_with(ids, masked)
-        choice.replace_all_uses_with(rows)
-        graph.erase_node(choice)
+        node.replace_all_uses_with(rows)
+        graph.erase_node(node)
         replaced += 1
     return replaced
+
+
+def _choice(node: Node) -> tuple[object, object, object]:
+    """(mask, what takes the place of a row, rows); of any other node Nones."""
+    if is_call(node, aten.where.self):
+        return node.args
+    if is_call(node, aten.index_put.default) and len(node.args[1]) == 1 and node.args[3:] in ((), (False,)):
+        return node.args[1][0], node.args[2], node.args[0]
+    return None, None, None
 
 
 def _lookup(rows: object) -> Node | None:
@@ -42,11 +52,17 @@ def _lookup(rows: object) -> Node | None:
 
 
 def _is_zero(node: object) -> bool:
-    return is_call(node, aten.scalar_tensor.default) and node.args[0] == 0
+    return (
+        is_call(node, aten.scalar_tensor.default)
+        and node.args[0] == 0
+        or (isinstance(node, Node) and node.meta.get("number") == 0)
+    )
 
 
-def _is_comparison_of_tokens(mask: object) -> bool:
-    """Whether `mask` is x[:, None] == a number, for an x that is an input: known before the embedding is."""
-    column = mask.args[0] if is_call(mask, aten.eq.Scalar) else None
-    is_column = is_call(column, aten.unsqueeze.default) and column.args[1] in (-1, 1)
-    return is_column and column.args[0].op == "placeholder" and column.args[0].meta["val"].dim() == 1
+def _positions(comparison: object) -> Node | None:
+    """x of x[:, None] == number and of x == number, for an x of tokens that is an input: known before the embedding."""
+    source = comparison.args[0] if is_call(comparison, aten.eq.Scalar) else None
+    if is_call(source, aten.unsqueeze.default) and source.args[1] in (-1, 1):
+        source = source.args[0]
+    is_input = isinstance(source, Node) and source.op == "placeholder" and source.meta["val"].dim() == 1
+    return source if is_input else None

@@ -107,7 +107,7 @@ def test_text_of_other_drafts(name, number, tmp_path):
         expected = Reference(EVERY_FAMILY[name], folder).generate(PROMPTS, MAX_TOKENS)
         assert greedy(llm, PROMPTS, MAX_TOKENS) == expected
         counted = metrics(llm)
-        assert 0.25 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.99
+        assert 0.1 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.99
         assert set(compiled(llm).values()) == {1}
 
 

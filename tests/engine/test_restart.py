@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.models.checkpoints import checkpoint
+from tests.support.drafts import checkpoint_with_draft
 
 PROBE = Path(__file__).with_name("start_probe.py")
 
@@ -18,9 +19,12 @@ def cache_directory(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache_directory: Path, **environment: str) -> tuple[dict, str]:
-    """(what start_probe.py printed, its log) of one start of a tiny model with this cache."""
-    command = [sys.executable, str(PROBE), str(checkpoint("qwen3"))]
+def start(cache_directory: Path, arguments: tuple = (), **environment: str) -> tuple[dict, str]:
+    """(what start_probe.py printed, its log) of one start of a tiny model with this cache.
+
+    arguments: of start_probe.py, if it is another model.
+    """
+    command = [sys.executable, str(PROBE), *map(str, arguments or (checkpoint("qwen3"),))]
     environment = {**os.environ, "VLLM_MS_CACHE_DIR": str(cache_directory), **environment}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -41,6 +45,22 @@ def test_the_second_start_captures_and_compiles_nothing(cache_directory, first):
     assert "captured in" not in log
     assert [(graph["compiles"], graph["loads"]) for graph in second["graphs"].values()] == [(0, 1), (0, 1)]
     assert second["tokens"] == first["tokens"]
+
+
+@pytest.mark.slow
+def test_the_second_start_with_a_draft_captures_and_compiles_nothing(cache_directory, tmp_path):
+    folder = checkpoint_with_draft("deepseek-v3-moe", tmp_path / "model")
+    options = json.dumps({"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}})
+    first, log = start(cache_directory, (folder, "", options))
+    assert "captured in" in log
+    second, log = start(cache_directory, (folder, "", options))
+    assert "captured in" not in log
+    for started, counts in ((first, (1, 0)), (second, (0, 1))):
+        found = {name: (graph["compiles"], graph["loads"]) for name, graph in started["graphs"].items()}
+        assert found == dict.fromkeys(("model", "logits", "draft"), counts)
+    plain, log = start(cache_directory, (folder,))
+    assert "captured in" in log  # another entry
+    assert plain["tokens"] == first["tokens"] == second["tokens"]
 
 
 @pytest.mark.parametrize("name", ["model.py", "compile_cache_0.mindir", "graphs.json"])

@@ -16,6 +16,16 @@ def masked(ids, positions, table, through=lambda rows: rows):
     return torch.where(positions.unsqueeze(-1) == 0, 0, rows)
 
 
+def test_assignments_to_rows_are_choices_too():
+    def model(ids, positions, table):
+        rows = own.embedding(ids.to(torch.int64), table)
+        rows[positions == 0] = 0
+        return rows * 2
+
+    matches, found, _ = run(mask_ids, model, **LOOKUP)
+    assert matches == 1 and "aten.index_put.default" not in found and found[FILL] == 1
+
+
 def read_elsewhere(ids, positions, table):
     rows = own.embedding(ids.to(torch.int64), table)
     return torch.where(positions.unsqueeze(-1) == 0, 0, rows) + rows

@@ -9,16 +9,10 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from tests.worker.test_sampling import metadata, seeded
-from vllm_mindspore.worker import host_kernels
 from vllm_mindspore.worker.rejection import MatchingSampler
 from vllm_mindspore.worker.sampling import use_kernels
 
 VOCAB = 13
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    host_kernels.register()
 
 
 def make(mode: str = "raw_logprobs") -> MatchingSampler:

@@ -167,6 +167,8 @@ def _lift_constants(captured: CapturedGraph, weights: dict[int, tuple[str, torch
             with graph.inserting_after(last_input):
                 lifted = graph.placeholder(name)
             lifted.meta["val"] = captured.fake_mode.from_tensor(value, static_shapes=True)
+            if value.dim() == 0:
+                lifted.meta["number"] = value.item()
             last_input = nodes[name] = lifted
             captured.constants[name] = value.detach()
             captured.inputs.append(GraphInput("constant", name))

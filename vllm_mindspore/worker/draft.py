@@ -19,6 +19,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from vllm_mindspore.compiler.pipeline import Compiler
+from vllm_mindspore.models import drafts
 from vllm_mindspore.ops.sampling import argmax
 from vllm_mindspore.worker import facts, mla, model_capture
 from vllm_mindspore.worker.draft_step import DraftInputs, DraftStep
@@ -44,6 +46,7 @@ class DraftProposer(EagleProposer):
         with set_default_torch_dtype(self.draft_model_config.dtype), self.device:
             self.model = initialize_model(vllm_config=self.vllm_config, model_config=self.draft_model_config)
         mla.adopt(self.model)
+        drafts.complete(self.model)
         self._draft_attn_layer_names = set(model_capture.attention_layers(self.vllm_config)) - known
         self._own = {module: dict(module._modules) for module in self.model.modules()}
         self._share(target)
@@ -77,6 +80,10 @@ class DraftProposer(EagleProposer):
         names = {id(tensor): name for name, tensor in facts.tensors_of(target).items()}
         own = facts.tensors_of(self.model)
         return {names.get(id(tensor), PREFIX + name): tensor for name, tensor in own.items()}
+
+    def set_step(self, compiler: Compiler, weights: dict[str, torch.Tensor], hidden_size: int) -> None:
+        """Make the draft's program, on the memory of `weights`. hidden_size: the width of the model's hidden states."""
+        self.step = DraftStep(compiler.program("draft", weights), compiler.groups, compiler.compiled_files, hidden_size)
 
     def facts(self) -> dict[str, object]:
         """What the draft's graph depends on beside the model's facts."""

@@ -1,10 +1,10 @@
 """Numpy forms of the Triton kernels that vLLM's in-tree runner launches on the host side of a step."""
 
 import functools
+import sys
+from collections.abc import Callable
 
 import numpy as np
-
-from vllm_mindspore.worker import rejection_kernels
 
 
 def compute_slot_mapping(
@@ -37,15 +37,25 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:max_num_tokens] = PAD_ID
 
 
-KERNELS = {
-    "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
-    **rejection_kernels.KERNELS,
-}
+KERNELS = {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
 
 
 @functools.cache
 def register() -> None:
     """Hand the kernels to vLLM's dispatcher (`Platform.register_triton_kernel_overrides`), once in a process."""
+    hand_over(KERNELS)
+
+
+def hand_over(kernels: dict[str, Callable[..., None]]) -> None:
+    """Give `kernels`, by the names of Triton's, to vLLM's dispatcher.
+
+    It looks at every attribute of every module, and llvmlite's library, once numba has been imported, answers to the
+    name `__dict__` with a function of its own: these modules are out of sight meanwhile.
+    """
     from vllm.triton_utils.dispatcher import register_kernels
 
-    register_kernels(KERNELS)
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "llvmlite"}
+    try:
+        register_kernels(kernels)
+    finally:
+        sys.modules.update(hidden)

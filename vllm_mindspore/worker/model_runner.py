@@ -4,7 +4,10 @@ Batch state, sampling, logprobs, structured output and prompt logprobs are vLLM'
 are captured before the weights are read), the KV cache's second view, and the two calls that run the model.
 """
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -18,10 +21,11 @@ from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
 from vllm_mindspore.quantization import dequantize
-from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, rejection, sampling
-from vllm_mindspore.worker.draft import DraftProposer
-from vllm_mindspore.worker.draft_step import DraftStep
+from vllm_mindspore.worker import facts, huge_pages, kv_groups, layers, mla, model_capture, sampling
 from vllm_mindspore.worker.step import ModelStep
+
+if TYPE_CHECKING:
+    from vllm_mindspore.worker.draft import DraftProposer
 
 logger = init_logger("vllm.vllm_mindspore.model_runner")
 
@@ -40,11 +44,17 @@ class MindSporeModelRunner(CPUModelRunner):
         sampling.use_kernels(self.sampler)
         self.draft: DraftProposer | None = None
         if self.speculative_config is not None:
-            self.rejection_sampler = rejection.MatchingSampler(self.sampler, self.speculative_config, device)
-            if self.speculative_config.use_eagle():
-                self.drafter = self.draft = DraftProposer(vllm_config, device, self)
+            self._prepare_drafts()
         self.compile_seconds = 0.0
         self.population: huge_pages.Population | None = None
+
+    def _prepare_drafts(self) -> None:
+        from vllm_mindspore.worker.draft import DraftProposer
+        from vllm_mindspore.worker.rejection import MatchingSampler
+
+        self.rejection_sampler = MatchingSampler(self.sampler, self.speculative_config, self.device)
+        if self.speculative_config.use_eagle():
+            self.drafter = self.draft = DraftProposer(self.vllm_config, self.device, self)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Instantiate vLLM's model, capture and lower its graphs, and only then read the weights.
@@ -138,8 +148,7 @@ class MindSporeModelRunner(CPUModelRunner):
         )
         if self.draft is not None:
             hidden_size = self.step.model.emitted.outputs[0][1]
-            program, files = self.compiler.program("draft", weights), self.compiler.compiled_files
-            self.draft.step = DraftStep(program, self.compiler.groups, files, hidden_size)
+            self.draft.set_step(self.compiler, weights, hidden_size)
         if not pipeline.is_first_rank:  # vLLM would make them of the weights' type
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=torch.float32, device=self.device

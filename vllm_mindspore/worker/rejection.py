@@ -7,7 +7,7 @@ of noise, and a request's seed gives the same tokens with drafts as without: a d
 taken back.
 
 Where vLLM must return processed logits or logprobs, uses its own float64 noise, or knows the draft's probabilities
-(`draft_sample_method`: "probabilistic"), its own rejection sampler runs, on the kernels of `host_kernels.py`.
+(`draft_sample_method`: "probabilistic"), its own rejection sampler runs, on the kernels of `rejection_kernels.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_mindspore.ops.sampling import argmax, sample
+from vllm_mindspore.worker import rejection_kernels
 from vllm_mindspore.worker.sampling import draws_by_kernel
 
 
 class MatchingSampler(RejectionSampler):
     """vLLM's rejection sampler for drafts that name one token at each position."""
+
+    def __init__(self, *arguments):
+        rejection_kernels.register()
+        super().__init__(*arguments)
 
     def forward(
         self,

@@ -7,9 +7,12 @@ Argument names and order are those of vLLM's kernels; the tensors live on the ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
+
+from vllm_mindspore.worker.host_kernels import hand_over
 
 
 def _requests(cu_num_draft_tokens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
@@ -118,6 +121,12 @@ def sample_recovered_tokens(
         else:
             left.sub_(draft_probs_ptr[begin:end]).clamp_(min=0.0)
         output_token_ids_ptr[begin:end] = (left * inv_q_ptr[request]).argmax(dim=1)
+
+
+@functools.cache
+def register() -> None:
+    """Hand the kernels to vLLM's dispatcher, once in a process and only where drafts are made."""
+    hand_over(KERNELS)
 
 
 _MODULE = "vllm.v1.sample.rejection_sampler"
