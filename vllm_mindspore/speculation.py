@@ -9,8 +9,10 @@ METHODS = ("ngram", "mtp")
 # Classes of vLLM that draft from the target's hidden states with a layer trained for it, as their checkpoints have it.
 DRAFTS = (
     "DeepSeekMTPModel",
+    "ErnieMTPModel",
     "Glm4MoeLiteMTPModel",
     "Glm4MoeMTPModel",
+    "HYV3MTPModel",
     "MiMoMTPModel",
     "OpenPanguMTPModel",
 )

@@ -18,7 +18,8 @@ SETTINGS = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, s
 @contextmanager
 def engine(name: str, folder: Path | None = None, **options) -> Iterator[LLM]:
     """An `LLM` on family `name` in float32, its ranks in processes of their own. folder: another checkpoint of it."""
-    llm = LLM(str(folder or checkpoint(name)), dtype="float32", disable_log_stats=True, **SETTINGS, **options)
+    options = {"disable_log_stats": True, **SETTINGS, **options}
+    llm = LLM(str(folder or checkpoint(name)), dtype="float32", **options)
     try:
         yield llm
     finally:

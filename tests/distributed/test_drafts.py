@@ -9,7 +9,7 @@ from tests.distributed.layouts import engine, served_greedy, server
 from tests.models.engine import greedy
 from tests.models.families import EVERY_FAMILY
 from tests.models.reference import PROMPTS, Reference
-from tests.support.drafts import checkpoint_with_draft
+from tests.support.drafts import checkpoint_with_draft, metrics
 from tests.support.server import NAME
 
 FAMILY, MAX_TOKENS = "parallel-deepseek-v3", 40
@@ -30,8 +30,11 @@ def expected(folder):
 @pytest.mark.parametrize("experts", [False, True], ids=["in parts", "spread"])
 def test_two_ranks(experts, folder, expected):
     options = dict(tensor_parallel_size=2, enable_expert_parallel=experts, speculative_config=MTP)
+    options["disable_log_stats"] = False
     with engine(FAMILY, folder=folder, **options) as llm:
         assert greedy(llm, PROMPTS, MAX_TOKENS) == expected
+        counted = metrics(llm)
+        assert 0.1 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.9
         counts = llm.collective_rpc("graph_statistics")
         experts_of_draft = llm.collective_rpc("tokens_of_experts")[0]
     assert len(counts) == 2
@@ -39,9 +42,7 @@ def test_two_ranks(experts, folder, expected):
         assert {name: graph["compiles"] + graph["loads"] for name, graph in count.items()} == dict.fromkeys(
             ("model", "logits", "draft"), 1
         )
-    # fewer steps than tokens: drafts were right
-    assert counts[0]["draft"]["calls"] < 1.7 * MAX_TOKENS
-    assert any(".3." in name or name.endswith(f"{len(experts_of_draft)}.mlp.experts") for name in experts_of_draft)
+    assert f"model.layers.{EVERY_FAMILY[FAMILY].config().num_hidden_layers}.mlp.experts" in experts_of_draft
 
 
 def accepted(running) -> dict[str, float]:

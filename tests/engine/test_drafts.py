@@ -7,19 +7,14 @@ import pytest
 from tests.models.engine import engine, greedy, statistics
 from tests.models.families import EVERY_FAMILY
 from tests.models.reference import PROMPTS, Reference, reference
-from tests.support.drafts import DraftReference, checkpoint_with_draft
+from tests.support.drafts import DraftReference, checkpoint_with_draft, metrics
 from vllm_mindspore.worker.draft import DraftProposer
 
 MAX_TOKENS = 40
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
+OTHERS = ["deepseek-r1", "pangu-ultra-moe", "glm46-moe", "glm4-moe-lite", "mimo", "hy-v3", "ernie-moe"]
 CHUNKS = dict(max_num_batched_tokens=48)  # the longest prompts come in several steps
-
-
-def metrics(llm) -> dict[str, int]:
-    """What /metrics counts of drafts, without its prefix."""
-    prefix = "vllm:spec_decode_num_"
-    return {m.name.removeprefix(prefix): getattr(m, "value", None) for m in llm.get_metrics() if prefix in m.name}
 
 
 def compiled(llm) -> dict[str, int]:
@@ -97,7 +92,7 @@ def test_multi_token_prediction(tmp_path, proposals):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek-r1", "pangu-ultra-moe", "glm46-moe", "glm4-moe-lite", "mimo"])
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("number", [1, 3])
 def test_text_of_other_drafts(name, number, tmp_path):
     folder = checkpoint_with_draft(name, tmp_path / name)

@@ -98,8 +98,7 @@ def test_experts_that_a_loader_cannot_spread(configure):
     ("architecture", "found"),
     [
         (dict(model_type="qwen2", architectures=["MiMoForCausalLM"]), "no num_nextn_predict_layers"),
-        (dict(model_type="ernie4_5_moe", architectures=["Ernie4_5_MoeForCausalLM"], num_nextn_predict_layers=1),
-         "found ErnieMTPModel"),
+        (dict(model_type="exaone_moe", architectures=["ExaoneMoeForCausalLM"]), "found ExaoneMoeMTP"),
     ],
     ids=["no layer", "another class"],
 )  # fmt: skip

@@ -20,6 +20,12 @@ ADDED = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 ADDED_BY_NORMS = ("post_attention_layernorm.weight", "post_mlp_layernorm.weight")  # with norms after attention and MLP
 
 
+def metrics(llm) -> dict[str, int]:
+    """What /metrics counts of drafts, without its prefix."""
+    prefix = "vllm:spec_decode_num_"
+    return {m.name.removeprefix(prefix): getattr(m, "value", None) for m in llm.get_metrics() if prefix in m.name}
+
+
 def checkpoint_with_draft(name: str, folder: Path, dtype: str = "float32") -> Path:
     """The checkpoint of family `name` with little added by its layers, and a draft's layer after the last.
 
@@ -29,11 +35,11 @@ def checkpoint_with_draft(name: str, folder: Path, dtype: str = "float32") -> Pa
     shutil.copytree(source, folder, dirs_exist_ok=True)
     for path in {folder, folder / "reference"}:
         if path.exists():
-            _write(path, with_draft=path == folder, mimo=name == "mimo")
+            _write(path, name, with_draft=path == folder)
     return folder
 
 
-def _write(folder: Path, with_draft: bool, mimo: bool) -> None:
+def _write(folder: Path, family: str, with_draft: bool) -> None:
     config = json.loads((folder / "config.json").read_text())
     tensors = {}
     for file in folder.glob("*.safetensors*"):
@@ -45,13 +51,13 @@ def _write(folder: Path, with_draft: bool, mimo: bool) -> None:
     added = ADDED_BY_NORMS if any(ADDED_BY_NORMS[1] in name for name in tensors) else ADDED
     tensors = {name: LITTLE * tensor if name.endswith(added) else tensor for name, tensor in tensors.items()}
     if with_draft:
-        if mimo:
-            config.update(architectures=["MiMoForCausalLM"], tie_word_embeddings=False)
+        if family == "mimo":
+            config["architectures"] = ["MiMoForCausalLM"]
+        if "lm_head.weight" not in tensors:  # vLLM's classes of drafts want one
+            config["tie_word_embeddings"] = False
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         made = draft_tensors(tensors, layers)
-        if mimo:
-            made = as_mimo(made, f"model.layers.{layers}.")
-        tensors.update(made)
+        tensors.update(NAMED_OTHERWISE.get(family, lambda made, *_: made)(made, f"model.layers.{layers}.", config))
         config["num_nextn_predict_layers"] = 1
         (folder / "config.json").write_text(json.dumps(config))
         for file in folder.glob("configuration_*.py"):  # names the fields that it takes
@@ -93,26 +99,50 @@ def draft_tensors(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, to
     return {**made, **{f"{draft}{name}.weight": tensor.clone() for name, tensor in own.items()}}
 
 
-MIMO_NAMES = {
-    "enorm.weight": "token_layernorm.weight",
-    "hnorm.weight": "hidden_layernorm.weight",
-    "eh_proj.weight": "input_proj.weight",
-    "shared_head.norm.weight": "final_layernorm.weight",
-    "shared_head.head.weight": "",
-    "embed_tokens.weight": "",
-}
+def renamed(made: dict[str, torch.Tensor], prefix: str, new: str, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """`made` with another prefix, and other names after it; without those whose name is empty."""
+    pairs = ((names.get(name.removeprefix(prefix), name.removeprefix(prefix)), made[name]) for name in made)
+    return {new + name: tensor for name, tensor in pairs if name}
 
 
-def as_mimo(made: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """MiMo's names for a draft's tensors; it has the hidden state before the embedding."""
-    named = {}
-    for name, tensor in made.items():
-        own = name.removeprefix(prefix)
-        if own == "eh_proj.weight":
-            tensor = torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1)
-        if own := MIMO_NAMES.get(own, own):
-            named[f"model.mtp_layers.0.{own}"] = tensor
-    return named
+SHARED = {"shared_head.head.weight": "", "embed_tokens.weight": ""}  # not in the checkpoint a second time
+
+
+def as_mimo(made: dict[str, torch.Tensor], prefix: str, config: dict) -> dict[str, torch.Tensor]:
+    """MiMo has the hidden state before the embedding."""
+    made[f"{prefix}eh_proj.weight"] = torch.cat(made[f"{prefix}eh_proj.weight"].chunk(2, dim=1)[::-1], dim=1)
+    names = {
+        "enorm.weight": "token_layernorm.weight",
+        "hnorm.weight": "hidden_layernorm.weight",
+        "eh_proj.weight": "input_proj.weight",
+        "shared_head.norm.weight": "final_layernorm.weight",
+    }
+    return renamed(made, prefix, "model.mtp_layers.0.", names | SHARED)
+
+
+def as_hunyuan(made: dict[str, torch.Tensor], prefix: str, config: dict) -> dict[str, torch.Tensor]:
+    return renamed(made, prefix, prefix, {"shared_head.norm.weight": "final_layernorm.weight"} | SHARED)
+
+
+def as_ernie(made: dict[str, torch.Tensor], prefix: str, config: dict) -> dict[str, torch.Tensor]:
+    """ERNIE's draft has no experts, and no norm before the head: here the projection multiplies by its weight."""
+    norm, hidden, size = made[f"{prefix}shared_head.norm.weight"], config["hidden_size"], config["intermediate_size"]
+    made[f"{prefix}eh_proj.weight"] *= norm[:, None]
+    generator = torch.Generator().manual_seed(8)
+    block = {name.removeprefix(prefix): made[name] for name in made if ".mlp." not in name}
+    for name, rows, columns, scale in (
+        ("gate", size, hidden, 1.0), ("up", size, hidden, 1.0), ("down", hidden, size, LITTLE)
+    ):  # fmt: skip
+        weight = scale / columns**0.5 * torch.randn(rows, columns, generator=generator)
+        block[f"mlp.{name}_proj.weight"] = weight.to(norm.dtype)
+    own = {"enorm": "mtp_emb_norm", "hnorm": "mtp_hidden_norm", "eh_proj": "mtp_linear_proj"}
+    names = {f"{name}.weight": "" for name in (*own, "shared_head.norm")} | SHARED
+    return renamed(block, "", "model.mtp_block.0.", names) | {
+        f"model.{new}.0.weight": made[f"{prefix}{name}.weight"] for name, new in own.items()
+    }
+
+
+NAMED_OTHERWISE = {"mimo": as_mimo, "hy-v3": as_hunyuan, "ernie-moe": as_ernie}
 
 
 class DraftReference:
