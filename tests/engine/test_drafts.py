@@ -88,6 +88,8 @@ def test_multi_token_prediction(tmp_path, proposals):
         assert compiled(llm) == {"model": 1, "logits": 1, "draft": 1}
         graphs = statistics(llm)
         assert all(graph["weights"] == graph["weights_shared"] for graph in graphs.values())
+        others = {name for name in graphs["draft"]["operators"] if not name.startswith("vllm_ms.")}
+        assert others == {"aten.eq.Scalar", "aten.masked_fill.Scalar"}  # of ids, before the one recorded operator
         assert len(llm.collective_rpc("tokens_of_experts")[0]) == 3  # two layers of the model, and the draft's
 
 
