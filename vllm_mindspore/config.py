@@ -57,12 +57,10 @@ def _refuse_parallelism(parallel_config) -> None:
     executor = parallel_config.distributed_executor_backend
     if parallel_config.world_size > 1 and executor not in (None, "mp"):
         option = "--distributed-executor-backend"
-        raise UnsupportedOptionError(option, executor, "mp, processes on one host", "Leave the option out.")
-    if parallel_config.nnodes > 1:
-        raise UnsupportedOptionError("--nnodes", parallel_config.nnodes, "one host", "Start all ranks on one host.")
+        raise UnsupportedOptionError(option, executor, "mp, processes on each host", "Leave the option out.")
     if parallel_config.data_parallel_size > 1 and parallel_config.data_parallel_backend != "mp":
-        option, advice = "--data-parallel-backend", "Leave the option out."
-        raise UnsupportedOptionError(option, parallel_config.data_parallel_backend, "mp, processes on one host", advice)
+        option, found = "--data-parallel-backend", parallel_config.data_parallel_backend
+        raise UnsupportedOptionError(option, found, "mp, processes on each host", "Leave the option out.")
 
 
 def _refuse_options(vllm_config) -> None:

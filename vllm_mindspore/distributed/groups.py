@@ -1,32 +1,22 @@
-"""Groups of ranks that share memory (csrc/collectives.h): how a process joins them, uses them and leaves them.
+"""Groups of ranks (csrc/collectives.h): how a process uses them and leaves them; joining.py joins them.
 
 A graph names its groups: "tp" is the tensor-parallel group of the process that runs it, "dp", "ep" and "pp" likewise.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
-import socket
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from vllm.logger import init_logger
 
-from vllm_mindspore.compiler import cache
 from vllm_mindspore.ops import build
-from vllm_mindspore.version import __version__
 
-logger = init_logger("vllm.vllm_mindspore.distributed")
-
-SLOT_BYTES = 32 << 20  # most that a rank writes before the others read it; what is not used takes no memory
-STARTING_TIMEOUT = 1800.0  # seconds that a rank may take to compile what another had in its cache
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SPIN_NANOSECONDS = 1_000_000
+FLUSH_SECONDS = 2.0
 
 
 class GroupError(RuntimeError):
@@ -49,18 +39,12 @@ def step_timeout() -> float:
     return seconds
 
 
-@functools.cache
-def _identity() -> dict[str, str]:
-    """What the ranks of a group must have in common."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "host": boot.read_text().strip() if boot.is_file() else socket.gethostname(),
-        "vllm_mindspore": __version__,
-        "sources": cache.source_hash(),
-    }
+def call(function: str, *arguments: Any) -> int:
+    """What a function of the library returns, whose last arguments are the text of an error and its length.
 
-
-def _call(function: str, *arguments: Any) -> int:
+    Raises:
+        GroupError: the text.
+    """
     text = ctypes.create_string_buffer(2000)
     result = getattr(build.load(), function)(*arguments, text, len(text))
     if text.value:
@@ -68,56 +52,14 @@ def _call(function: str, *arguments: Any) -> int:
     return result
 
 
-def join(name: str, cpu_group: dist.ProcessGroup, spin: bool) -> None:
-    """Join this process's group `name`, whose ranks are those of `cpu_group`. Every rank must call it.
-
-    spin: whether each rank has a CPU of its own, on which it may wait busily.
-
-    Raises:
-        GroupError: the ranks run different versions or on several hosts, or the memory cannot be shared.
-    """
-    rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
-    _agree(name, cpu_group, rank, size)
-    options = (ctypes.c_double(STARTING_TIMEOUT), ctypes.c_int64(_SPIN_NANOSECONDS if spin else 0))
-
-    def joined(memory: str) -> int:
-        arguments = (name.encode(), rank, size, memory.encode(), ctypes.c_int64(SLOT_BYTES))
-        return _call("vllm_ms_join_group", *arguments, *options)
-
-    first = dist.get_global_rank(cpu_group, 0)
-    path = [_or_error(lambda: f"/proc/{os.getpid()}/fd/{joined('')}") if rank == 0 else None]
-    dist.broadcast_object_list(path, src=first, group=cpu_group)
-    mine = path[0] if rank == 0 or isinstance(path[0], GroupError) else _or_error(lambda: joined(path[0]))
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, mine, group=cpu_group)
-    for error in found:
-        if isinstance(error, GroupError):
-            raise error
-    logger.info("rank %d of %d in group %s", rank, size, name)
-
-
-def _or_error(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except GroupError as error:
-        return error
-
-
-def _agree(name: str, cpu_group: dist.ProcessGroup, rank: int, size: int) -> None:
-    identities: list[dict[str, str]] = [{}] * size
-    dist.all_gather_object(identities, _identity(), group=cpu_group)
-    for other, identity in enumerate(identities):
-        for fact, value in identity.items():
-            if value == identities[0][fact]:
-                continue
-            advice = "Start them on one host." if fact == "host" else "Install the same version for all ranks."
-            raise GroupError(
-                f"group {name}: {fact} of rank 0 is {identities[0][fact]!r}, of rank {other} {value!r}. {advice}"
-            )
-
-
 def leave(name: str) -> None:
     build.load().vllm_ms_leave_group(name.encode())
+
+
+@functools.cache
+def flush_at_exit() -> None:
+    """What this process has sent leaves it before it ends."""
+    atexit.register(lambda: build.load().vllm_ms_flush_groups(ctypes.c_double(FLUSH_SECONDS)))
 
 
 def use_step_timeout() -> None:
@@ -134,6 +76,13 @@ def failure() -> str:
     """Why a group of this process has ended; empty where none has."""
     text = ctypes.create_string_buffer(2000)
     build.load().vllm_ms_group_failure(text, len(text))
+    return text.value.decode(errors="replace")
+
+
+def lost_rank() -> str:
+    """Which rank on another host is gone or has left, or what it has reported; empty where all are there."""
+    text = ctypes.create_string_buffer(2000)
+    build.load().vllm_ms_lost_rank(text, len(text))
     return text.value.decode(errors="replace")
 
 
@@ -156,7 +105,7 @@ def all_reduce(name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> t
     x = _tensor(x)
     out = torch.empty_like(x) if out is None else out
     source, result = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())
-    _call("vllm_ms_all_reduce", name.encode(), source, ctypes.c_int64(x.numel()), DTYPES[x.dtype], result)
+    call("vllm_ms_all_reduce", name.encode(), source, ctypes.c_int64(x.numel()), DTYPES[x.dtype], result)
     return out
 
 
@@ -178,7 +127,7 @@ def reduce_scatter(name: str, x: torch.Tensor, dim: int, size: int, out: torch.T
 
 def _resizing(function: str, name: str, x: torch.Tensor, sides: tuple, out: torch.Tensor) -> None:
     pointers = (ctypes.c_void_p(x.data_ptr()), *sides, DTYPES[x.dtype], ctypes.c_void_p(out.data_ptr()))
-    _call(function, name.encode(), *pointers)
+    call(function, name.encode(), *pointers)
 
 
 def dispatch(
@@ -199,5 +148,5 @@ def _exchanged(function: str, name: str, x, routing, token_ranks, capacity: int,
     tokens = (ctypes.c_void_p(token_ranks.data_ptr()), ctypes.c_int64(len(token_ranks)), ctypes.c_int64(capacity))
     chosen = (ctypes.c_void_p(routing.data_ptr()), ctypes.c_int64(routing.shape[1] // 2))
     rows = (ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[1]), ctypes.c_void_p(out.data_ptr()))
-    _call(function, name.encode(), *tokens, *chosen, *rows)
+    call(function, name.encode(), *tokens, *chosen, *rows)
     return out

@@ -11,6 +11,7 @@ from vllm.distributed import (
     ensure_model_parallel_initialized,
     get_pp_group,
     get_tp_group,
+    get_world_group,
     init_distributed_environment,
 )
 from vllm.logger import init_logger
@@ -19,7 +20,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_mindspore.distributed import groups, hosts
+from vllm_mindspore.distributed import groups, hosts, world
 from vllm_mindspore.worker import memory
 
 logger = init_logger("vllm.vllm_mindspore.worker")
@@ -32,10 +33,11 @@ class MindSporeWorker(WorkerBase):
     _sending: tuple[IntermediateTensors, list] | None = None  # what goes to the next pipeline stage
 
     def init_device(self) -> None:
-        ranks = hosts.local_ranks(self.vllm_config)
-        if ranks > 1:
+        if self.parallel_config.world_size_across_dp > 1:
             groups.step_timeout()  # refuses what is no time before a model loads
-            hosts.take_share_of_cpus(hosts.index_on_host(self.parallel_config, self.local_rank), ranks)
+        self._init_world()
+        if self.place.ranks > 1:
+            hosts.take_share_of_cpus(self.place.index, self.place.ranks)
         begin = time.perf_counter()
         import mindspore
 
@@ -44,12 +46,6 @@ class MindSporeWorker(WorkerBase):
         logger.info("MindSpore %s imported in %.1f s", mindspore.__version__, time.perf_counter() - begin)
         self.device = torch.device("cpu")
         torch.set_num_threads(1)  # torch's OpenMP team would spin against the operators' threads
-        if self.parallel_config.world_size_across_dp == 1 and not torch.distributed.is_initialized():
-            # By default the group's store would be a file in /tmp that nobody deletes.
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
-        init_distributed_environment(
-            self.parallel_config.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
-        )
         ensure_model_parallel_initialized(
             self.parallel_config.tensor_parallel_size, self.parallel_config.pipeline_parallel_size
         )
@@ -58,6 +54,21 @@ class MindSporeWorker(WorkerBase):
         from vllm_mindspore.worker.model_runner import MindSporeModelRunner
 
         self.model_runner = MindSporeModelRunner(self.vllm_config, self.device)
+
+    def _init_world(self) -> None:
+        """Find the other ranks, and which of them are on this host."""
+        config = self.parallel_config
+        if config.world_size_across_dp == 1 and not torch.distributed.is_initialized():
+            # By default the group's store would be a file in /tmp that nobody deletes.
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
+        hosts.note_master(config.master_addr if config.nnodes > 1 else config.data_parallel_master_ip)
+        store = world.require_same_sizes(config, self.rank)
+        init_distributed_environment(
+            config.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
+        )
+        del store  # torch has its own by now
+        world.require_same_model(self.vllm_config, get_world_group().cpu_group)
+        self.place = hosts.find_place(self.vllm_config, get_world_group().cpu_group)
 
     def _forget_rendezvous(self) -> None:
         """Delete the file through which the ranks have found each other: nobody else would, had one been killed."""
@@ -99,8 +110,8 @@ class MindSporeWorker(WorkerBase):
         with set_current_vllm_config(self.vllm_config), self._together():
             self.model_runner.compile_and_profile()
         one = self.model_runner.kv_cache_bytes_of_one_request()
-        most, ranks = one * (self.scheduler_config.max_num_seqs + 1), hosts.local_ranks(self.vllm_config)
-        size = memory.kv_cache_bytes(self.cache_config, one, most, ranks)
+        most = one * (self.scheduler_config.max_num_seqs + 1)
+        size = memory.kv_cache_bytes(self.cache_config, one, most, self.place.ranks)
         logger.info(
             "KV cache: %s GiB; resident so far %s GiB, free %s GiB of %s GiB",
             *(

@@ -99,6 +99,35 @@ VLLM_MS_EXPORT int vllm_ms_join_group(const char *name, int rank, int size, cons
   });
   return file;
 }
+// See links.h: connections of a group that is joined with ranks of other hosts, by the libzmq that `library` is linked
+// with. Listen first; give the endpoints to the others; connect with each; then wait for all. Return 0, or write what is
+// wrong and return 1.
+VLLM_MS_EXPORT int vllm_ms_listen(const char *name, const char *library, const char *token, const char *address,
+                                  const int32_t *others, int count, double silence, char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    vllm_ms::load_zmq(library);
+    vllm_ms::Group &group = vllm_ms::group(name);
+    const vllm_ms::LinkOptions options{name, token, group.rank(), group.size(), vllm_ms::Rounds::kDepth, silence};
+    group.use(std::make_unique<vllm_ms::Links>(options, address, std::vector<int>(others, others + count)));
+  });
+}
+VLLM_MS_EXPORT int vllm_ms_endpoint(const char *name, int other, char *endpoint, int size, char *text, int text_size) {
+  return reported(text, text_size, [&] {
+    std::snprintf(endpoint, size, "%s", vllm_ms::group(name).links().endpoint(other).c_str());
+  });
+}
+VLLM_MS_EXPORT int vllm_ms_connect(const char *name, int other, const char *process, const char *host,
+                                   const char *endpoint, char *text, int text_size) {
+  return reported(text, text_size,
+                  [&] { vllm_ms::group(name).links().connect(other, process, host, endpoint); });
+}
+VLLM_MS_EXPORT int vllm_ms_greet(const char *name, double seconds, char *text, int text_size) {
+  return reported(text, text_size, [&] { vllm_ms::group(name).links().greet(seconds); });
+}
+VLLM_MS_EXPORT void vllm_ms_flush_groups(double seconds) { vllm_ms::flush_groups(seconds); }
+VLLM_MS_EXPORT void vllm_ms_lost_rank(char *text, int size) {
+  std::snprintf(text, size, "%s", vllm_ms::lost_rank().c_str());
+}
 VLLM_MS_EXPORT void vllm_ms_leave_group(const char *name) { vllm_ms::leave_group(name); }
 VLLM_MS_EXPORT void vllm_ms_set_group_timeout(double seconds) { vllm_ms::set_group_timeout(seconds); }
 VLLM_MS_EXPORT void vllm_ms_fail_groups(const char *reason) { vllm_ms::fail_groups(reason); }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kParallelBytes = 1 << 17;  // from here on a second thread pays
 constexpr int64_t kRoundBytes = 1 << 19;     // what ranks write before the others read it: it is still in their caches
+constexpr int kRoundsUnderWay = 2;
 
 // Calls f(begin, end) for [0, count) elements of `bytes` each, on all threads where that pays.
 template <class F>
@@ -37,14 +38,29 @@ void for_runs(int64_t begin, int64_t end, int64_t part, int64_t size, int64_t in
 
 int64_t Group::round_bytes() const { return std::min(slot_bytes(), kRoundBytes); }
 
-// `count` units of together `bytes`, `per_round` of them in a round: write(begin, end, slot) puts them into this rank's slot, and
-// read(begin, end, round) takes the others' out of theirs. All ranks have as many.
-template <class Write, class Read>
-void Group::in_rounds(Collective kind, int64_t bytes, int64_t count, int64_t per_round, Write write, Read read) {
-  for (int64_t begin = 0; begin == 0 || begin < count; begin += per_round) {
-    const int64_t end = std::min(count, begin + per_round);
-    const uint32_t round = post(kind, bytes, [&](char *slot) { write(begin, end, slot); });
-    take(round, kind, [&](int) { return bytes; }, [&] { read(begin, end, round); });
+// `count` units of together `bytes`, `per_round` of them in a round: write(begin, end, slot) puts them into this rank's
+// slot, of which rank r reads part_of(r, count of units), and read(begin, end, round) takes the others' out of theirs. All
+// ranks have as many. Between hosts the next round is under way while one is read.
+template <class Write, class PartOf, class Read>
+void Group::in_rounds(Collective kind, int64_t bytes, int64_t count, int64_t per_round, Write write, PartOf part_of,
+                      Read read) {
+  struct UnderWay {
+    int64_t begin, end;
+    uint32_t round;
+  };
+  const int64_t most = crosses_hosts() ? std::min(kRoundsUnderWay, free_rounds()) : 1;
+  const int64_t rounds = std::max<int64_t>(1, (count + per_round - 1) / per_round);
+  UnderWay under_way[kDepth];
+  int64_t posted = 0;
+  for (int64_t taken = 0; taken < rounds; ++taken) {
+    for (; posted < rounds && posted - taken < std::max<int64_t>(1, most); ++posted) {
+      const int64_t begin = posted * per_round, end = std::min(count, begin + per_round);
+      const uint32_t round = post(kind, bytes, [&](char *slot) { write(begin, end, slot); },
+                                  [&](int other) { return part_of(other, end - begin); });
+      under_way[posted % kDepth] = {begin, end, round};
+    }
+    const UnderWay &next = under_way[taken % kDepth];
+    take(next.round, kind, [&](int) { return bytes; }, [&] { read(next.begin, next.end, next.round); });
   }
 }
 
@@ -64,7 +80,8 @@ void Group::all_reduce(const void *x, int64_t count, DType dtype, void *out) {
       sum_parts({parts, size(), dtype, first, last, to});
     });
   };
-  in_rounds(Collective::all_reduce, count * bytes, count, round_bytes() / bytes, write, read);
+  const auto all = [&](int, int64_t n) { return Part{0, n * bytes}; };
+  in_rounds(Collective::all_reduce, count * bytes, count, round_bytes() / bytes, write, all, read);
 }
 
 void Group::all_gather(const void *x, int64_t outer, int64_t inner, DType dtype, void *out) {
@@ -82,7 +99,8 @@ void Group::all_gather(const void *x, int64_t outer, int64_t inner, DType dtype,
       });
     }
   };
-  in_rounds(Collective::all_gather, count * bytes, count, round_bytes() / bytes, write, read);
+  const auto all = [&](int, int64_t n) { return Part{0, n * bytes}; };
+  in_rounds(Collective::all_gather, count * bytes, count, round_bytes() / bytes, write, all, read);
 }
 
 void Group::reduce_scatter(const void *x, int64_t outer, int64_t inner, DType dtype, void *out) {
@@ -105,11 +123,13 @@ void Group::reduce_scatter(const void *x, int64_t outer, int64_t inner, DType dt
       sum_parts({parts, size(), dtype, first, last, to});
     });
   };
-  in_rounds(Collective::reduce_scatter, count * bytes, count, round_bytes() / bytes / size(), write, read);
+  const auto one = [&](int other, int64_t n) { return Part{other * n * bytes, n * bytes}; };
+  in_rounds(Collective::reduce_scatter, count * bytes, count, round_bytes() / bytes / size(), write, one, read);
 }
 
 void Group::barrier() {
-  in_rounds(Collective::barrier, 0, 0, 1, [](int64_t, int64_t, char *) {}, [](int64_t, int64_t, uint32_t) {});
+  in_rounds(Collective::barrier, 0, 0, 1, [](int64_t, int64_t, char *) {}, [](int, int64_t) { return Part{}; },
+            [](int64_t, int64_t, uint32_t) {});
 }
 
 namespace {
@@ -143,6 +163,22 @@ void fail_groups(const std::string &reason) {
 void set_group_timeout(double seconds) {
   const std::lock_guard<std::mutex> guard(groups_mutex);
   for (auto &entry : groups()) entry.second->set_timeout(seconds);
+}
+
+void flush_groups(double seconds) {
+  const std::lock_guard<std::mutex> guard(groups_mutex);
+  for (auto &entry : groups()) {
+    if (entry.second->crosses_hosts()) entry.second->links().flush(seconds);
+  }
+}
+
+std::string lost_rank() {
+  const std::lock_guard<std::mutex> guard(groups_mutex);
+  for (auto &entry : groups()) {
+    const std::string lost = entry.second->crosses_hosts() ? entry.second->links().lost() : "";
+    if (!lost.empty()) return lost;
+  }
+  return "";
 }
 
 Group &group(const std::string &name) {

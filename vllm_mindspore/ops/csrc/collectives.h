@@ -1,4 +1,4 @@
-// Collectives between the processes of one host, over shared memory (rounds.h).
+// Collectives between the processes of a group, in rounds (rounds.h).
 //
 // Sums are taken in the order of ranks, on every rank, so that all get the same bits, and get them again.
 #pragma once
@@ -25,8 +25,9 @@ class Group : public Rounds {
   void barrier();
 
  private:
-  template <class Write, class Read>
-  void in_rounds(Collective kind, int64_t bytes, int64_t count, int64_t per_round, Write write, Read read);
+  template <class Write, class PartOf, class Read>
+  void in_rounds(Collective kind, int64_t bytes, int64_t count, int64_t per_round, Write write, PartOf part_of,
+                 Read read);
   int64_t round_bytes() const;
 };
 
@@ -35,6 +36,8 @@ Group &join_group(const GroupOptions &options);
 void leave_group(const std::string &name);
 void fail_groups(const std::string &reason);
 void set_group_timeout(double seconds);  // of all groups
+void flush_groups(double seconds);       // see Links::flush
+std::string lost_rank();                 // of any group; see Links::lost
 Group &group(const std::string &name);  // throws std::runtime_error where it is not joined
 
 }  // namespace vllm_ms

@@ -41,7 +41,7 @@ uint32_t post_rows(Group &group, Collective kind, const StepTokens &tokens, cons
     for_rows(begin, end, width, [&](int64_t row) {
       write_row(x + row * width, width, reinterpret_cast<float *>(slot) + (row - begin) * width);
     });
-  });
+  }, [&](int) { return Part{0, std::max<int64_t>(0, end - begin) * row_bytes(width)}; });
 }
 
 // out[t] for every token t of the step that is wanted(t), zeros for the others.
@@ -83,6 +83,9 @@ uint32_t post_results(Group &group, const StepTokens &tokens, const ExpertHolder
       if (own || !holders.any(group.rank(), routing + token * 2 * top_k, top_k)) return;
       write_row(y + token * width, width, reinterpret_cast<float *>(slot) + (token - begin) * width);
     });
+  }, [&](int other) {
+    const int64_t from = std::max(begin, tokens.first[other]), to = std::min(end, tokens.first[other] + tokens.count[other]);
+    return Part{(from - begin) * row_bytes(width), std::max<int64_t>(0, to - from) * row_bytes(width)};
   });
 }
 

@@ -43,6 +43,7 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kAliveCheck = 100000000;  // nanoseconds
+constexpr double kFlushSeconds = 1;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t slots_offset() { return round_up(sizeof(GroupMemory), kPage); }
@@ -122,13 +123,22 @@ Rounds::Rounds(const GroupOptions &options) : options_(options) {
 }
 
 Rounds::~Rounds() {
-  munmap(memory_, mapped_);
+  if (links_ != nullptr) links_->tell_leaving();
+  const bool sent = links_ == nullptr || links_->flush(kFlushSeconds);
+  links_ = nullptr;
+  if (sent) munmap(memory_, mapped_);  // else something may still be read from there
   close(file_);
+}
+
+Links &Rounds::links() {
+  if (links_ == nullptr) throw std::runtime_error("group " + options_.name + ": it has no connections");
+  return *links_;
 }
 
 int64_t Rounds::slot_bytes() const { return memory_->slot_bytes; }
 
 char *Rounds::slot(int rank, uint32_t round) const {
+  if (remote(rank)) return links_->slot(rank, round);
   return reinterpret_cast<char *>(memory_) + slots_offset() + (kDepth * rank + round % kDepth) * memory_->slot_bytes;
 }
 
@@ -142,6 +152,7 @@ void Rounds::fail(const std::string &reason) {
     futex_wake_all(&memory_->lines[rank].posted.value, Sharing::memory);
     futex_wake_all(&memory_->lines[rank].taken.value, Sharing::memory);
   }
+  if (links_ != nullptr) links_->tell_failure(reason);
 }
 
 void Rounds::end(const std::string &reason) {
@@ -172,6 +183,10 @@ void Rounds::sleep_until_there(const Wanted &wanted) {
     futex_wait(&wanted.counter.value, seen, Sharing::memory, kAliveCheck);
     if (wanted.there()) return leave("");
     if (memory_->failed.load(std::memory_order_acquire) == GroupMemory::kFailed) return leave(memory_->reason);
+    if (links_ != nullptr) {
+      links_->receive(0);
+      if (!links_->failure().empty()) return leave(links_->failure());
+    }
     struct flock lock = rank_lock(wanted.other);  // says nothing of a rank in this process: such are threads of a test
     const bool dead = line.process != getpid() && fcntl(file_, F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
     const auto what = [&] {
@@ -189,12 +204,39 @@ void Rounds::wait_for(const Wanted &wanted) {
   if (!spin_until(options_.spin_nanoseconds, [&] { return wanted.there(); })) sleep_until_there(wanted);
 }
 
+// Waits until there(), which something that arrives from other hosts may make true.
+template <class There>
+void Rounds::wait_for_links(int other, Collective kind, int64_t bytes, There there) {
+  const int64_t deadline = monotonic_nanoseconds() + static_cast<int64_t>(options_.timeout * 1e9);
+  while (!there()) {
+    links_->receive(kAliveCheck / 1000000);
+    if (there()) return;
+    require_alive();
+    require_connected(other, kind, bytes);
+    if (options_.timeout > 0 && monotonic_nanoseconds() > deadline) {
+      const std::string doing = describe(static_cast<int32_t>(kind), bytes);
+      end(text_of(links_->describe(other), " during ", doing, " did not arrive within ", options_.timeout, " s"));
+    }
+  }
+}
+
+void Rounds::require_connected(int other, Collective kind, int64_t bytes) {
+  if (!links_->failure().empty()) end(links_->failure());
+  if (!links_->gone(other)) return;
+  end(text_of(links_->describe(other), " during ", describe(static_cast<int32_t>(kind), bytes), kRankIsGone));
+}
+
 uint32_t Rounds::begin(Collective kind, int64_t bytes) {
   require_alive();
   const uint32_t round = posted_ + 1;
   if (round - taken_ > kDepth) end(text_of(kDepth, " collectives are begun and not ended"));
   for (int other = 0; other < options_.size; ++other) {
-    if (other != options_.rank) wait_for({other, memory_->lines[other].taken, round - kDepth, kind, bytes});
+    if (other == options_.rank) continue;
+    if (!remote(other)) {
+      wait_for({other, memory_->lines[other].taken, round - kDepth, kind, bytes});
+    } else if (!links_->sent(round)) {  // the slot's last round
+      wait_for_links(other, kind, bytes, [&] { return links_->sent(round); });
+    }
   }
   return round;
 }
@@ -208,10 +250,17 @@ void Rounds::publish(Collective kind, int64_t bytes) {
 }
 
 void Rounds::wait_for_post(int other, uint32_t round, Collective kind, int64_t bytes) {
+  if (remote(other)) {
+    wait_for_links(other, kind, bytes, [&] { return links_->posted(other, round) != nullptr; });
+    const Posted &posted = *links_->posted(other, round);
+    return require_same(other, posted.kind, posted.bytes, kind, bytes);
+  }
   GroupMemory::Line &line = memory_->lines[other];
   wait_for({other, line.posted, round, kind, bytes});
-  const int32_t its_kind = line.kind[round % kDepth];
-  const int64_t its_bytes = line.bytes[round % kDepth];
+  require_same(other, line.kind[round % kDepth], line.bytes[round % kDepth], kind, bytes);
+}
+
+void Rounds::require_same(int other, int32_t its_kind, int64_t its_bytes, Collective kind, int64_t bytes) {
   if (its_kind == static_cast<int32_t>(kind) && its_bytes == bytes) return;
   end(text_of("rank ", other, " is at ", describe(its_kind, its_bytes), ", this one at ",
               describe(static_cast<int32_t>(kind), bytes)));
@@ -224,6 +273,7 @@ void Rounds::give_back(uint32_t round) {
     ++taken_;
   }
   advance(memory_->lines[options_.rank].taken, taken_);
+  if (links_ != nullptr) links_->give_back(round);
 }
 
 std::string group_failure() {

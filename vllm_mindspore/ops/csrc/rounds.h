@@ -1,20 +1,23 @@
-// Rounds between the processes of one host, over memory that they share: what all collectives are made of.
+// Rounds between the processes of a group: what all collectives are made of. Those of one host share memory; those of
+// other hosts are reached by TCP (links.h).
 //
 // The memory has, for every rank, two counters and kDepth slots. A rank begins a round with `post`: it writes what the
 // others need into its slot of the round and raises its counter of rounds posted. It ends the round with `take`: it waits
 // until all have posted, reads their slots, and raises its counter of rounds taken. Between the two it may do other work
 // and other rounds; all ranks post their rounds in the same order. A slot is written again when all have taken what was in
-// it.
+// it. To a rank of another host goes that part of a slot that it reads, and it does not tell when it has taken it.
 //
 // A rank that waits finds out within kAliveCheck that another has died (the kernel drops the lock that each rank holds on
-// its byte of the memory's file), that it reported a failure, or that it is at another collective; and, after the group's
+// its byte of the memory's file, or closes its connection), that it reported a failure, or that it is at another collective; and, after the group's
 // timeout, that it stalls. Each is a std::runtime_error that names the group and the rank, and ends the group for all.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <sstream>
 #include <string>
 
+#include "links.h"
 #include "waiting.h"
 
 namespace vllm_ms {
@@ -58,13 +61,20 @@ class Rounds {
   int64_t slot_bytes() const;
   void set_timeout(double seconds) { options_.timeout = seconds; }
 
-  // Begins a round: write(slot) writes this rank's slot. Returns the round's number.
+  // Before the first round: the connections with the ranks of other hosts.
+  void use(std::unique_ptr<Links> links) { links_ = std::move(links); }
+  bool crosses_hosts() const { return links_ != nullptr; }
+  Links &links();  // throws std::runtime_error where there are none
+
+  // Begins a round: write(slot) writes this rank's slot, of which rank r reads part_of(r). Returns the round's number.
   // bytes: of the whole collective that the round belongs to, to tell when ranks are at different ones.
-  template <class Write>
-  uint32_t post(Collective kind, int64_t bytes, Write write) {
+  template <class Write, class PartOf>
+  uint32_t post(Collective kind, int64_t bytes, Write write, PartOf part_of) {
     const uint32_t round = begin(kind, bytes);
-    write(slot(options_.rank, round));
+    char *mine = slot(options_.rank, round);
+    write(mine);
     publish(kind, bytes);
+    if (links_ != nullptr) links_->send({round, static_cast<int32_t>(kind), bytes, {}}, mine, part_of);
     return round;
   }
 
@@ -78,8 +88,10 @@ class Rounds {
     give_back(round);
   }
 
-  // What a rank wrote, between `post` and the end of `take`.
+  // What a rank wrote, between `post` and the end of `take`; of a rank of another host that part that this one reads.
   char *slot(int rank, uint32_t round) const;
+  // How many rounds could be begun now, without one to be ended.
+  int free_rounds() const { return kDepth - static_cast<int>(posted_ - taken_); }
 
   // Ends the group: ranks that wait, or will, fail with `reason`.
   void fail(const std::string &reason);
@@ -91,12 +103,18 @@ class Rounds {
   void publish(Collective kind, int64_t bytes);
   void wait_for_post(int other, uint32_t round, Collective kind, int64_t bytes);
   void give_back(uint32_t round);
+  bool remote(int rank) const { return links_ != nullptr && links_->to(rank); }
   void wait_for(const Wanted &wanted);
+  template <class There>
+  void wait_for_links(int other, Collective kind, int64_t bytes, There there);
+  void require_connected(int other, Collective kind, int64_t bytes);
+  void require_same(int other, int32_t its_kind, int64_t its_bytes, Collective kind, int64_t bytes);
   void sleep_until_there(const Wanted &wanted);
   void require_alive();
   [[noreturn]] void end(const std::string &reason);
 
   GroupOptions options_;
+  std::unique_ptr<Links> links_;  // null: all ranks are on this host
   int file_ = -1;
   GroupMemory *memory_ = nullptr;
   int64_t mapped_ = 0;

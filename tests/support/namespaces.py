@@ -1,0 +1,84 @@
+"""Two network namespaces that stand for two hosts, with a cable between them."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+INTERFACE = "veth0"
+CLONE_NEWNET = 0x40000000
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace and the address by which the other one reaches it."""
+
+    name: str
+    address: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For vLLM's processes on it: which address and interface are to be used."""
+        return {"VLLM_HOST_IP": self.address, "GLOO_SOCKET_IFNAME": INTERFACE}
+
+    @property
+    def prefix(self) -> list[str]:
+        """Before a command that is to run on it."""
+        return ["ip", "netns", "exec", self.name]
+
+
+class TwoHosts:
+    """Leaving the `with` block removes them."""
+
+    def __init__(self) -> None:
+        self.hosts = [Host(f"vllm-ms-{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in range(2)]
+
+    def __enter__(self) -> "TwoHosts":
+        for host in self.hosts:
+            _ip("netns", "add", host.name)
+        first, second = self.hosts
+        _ip("link", "add", INTERFACE, "netns", first.name, "type", "veth", "peer", "name", INTERFACE,
+            "netns", second.name)  # fmt: skip
+        for host in self.hosts:
+            _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
+            _ip("-n", host.name, "link", "set", "lo", "up")
+        self.connect()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for host in self.hosts:
+            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True)
+
+    def connect(self) -> None:
+        for host in self.hosts:
+            _ip("-n", host.name, "link", "set", INTERFACE, "up")
+
+    def cut(self) -> None:
+        """Pull the cable out: nothing is told to either side."""
+        _ip("-n", self.hosts[1].name, "link", "set", INTERFACE, "down")
+
+
+def missing() -> str:
+    """Why there can be no namespaces here; empty if there can be."""
+    if shutil.which("ip") is None:
+        return "iproute2 is not installed"
+    name = f"vllm-ms-{os.getpid()}-try"
+    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return "" if tried.returncode == 0 else f"network namespaces are not permitted: {tried.stderr.strip()}"
+
+
+def enter(host: Host) -> None:
+    """Move this thread, and those that it starts, to a host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host.name}") as namespace:
+        if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"setns to {host.name}")
+    os.environ.update(host.environment)
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr}")
