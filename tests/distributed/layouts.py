@@ -26,11 +26,15 @@ def engine(name: str, folder: Path | None = None, **options) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def server(name: str, log: Path, *options: str, folder: Path | None = None) -> Server:
-    """A server on family `name` in float32. folder: another checkpoint of it."""
+def serve(name: str, *options: str, folder: Path | None = None) -> list[str]:
+    """The command of a server on family `name` in float32. folder: another checkpoint of it."""
     settings = [word for key, value in SETTINGS.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     command = ["vllm", "serve", str(folder or checkpoint(name)), "--backend", "mindspore", "--served-model-name", NAME]
-    return Server([*command, "--dtype", "float32", *settings, *options], commands.free_port(), log)
+    return [*command, "--dtype", "float32", *settings, *options]
+
+
+def server(name: str, log: Path, *options: str, folder: Path | None = None) -> Server:
+    return Server(serve(name, *options, folder=folder), commands.free_port(), log)
 
 
 def served_greedy(running: Server, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

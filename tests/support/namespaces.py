@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from tests.support.commands import BIN
+
 INTERFACE = "veth0"
 CLONE_NEWNET = 0x40000000
 
@@ -22,16 +24,20 @@ class Host:
         """For vLLM's processes on it: which address and interface are to be used."""
         return {"VLLM_HOST_IP": self.address, "GLOO_SOCKET_IFNAME": INTERFACE}
 
-    @property
-    def prefix(self) -> list[str]:
-        """Before a command that is to run on it."""
-        return ["ip", "netns", "exec", self.name]
+    def runs(self, command: list[str]) -> list[str]:
+        """A command of this environment, run on it."""
+        return [shutil.which("ip"), "netns", "exec", self.name, str(BIN / command[0]), *command[1:]]
 
 
 class TwoHosts:
-    """Leaving the `with` block removes them."""
+    """Leaving the `with` block removes them.
+
+    door: the address by which this process reaches the first one.
+    """
 
     def __init__(self) -> None:
+        network = f"10.{128 + os.getpid() % 128}.{os.getpid() // 128 % 256}"
+        self.outside, self.door = f"{network}.1", f"{network}.2"
         self.hosts = [Host(f"vllm-ms-{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in range(2)]
 
     def __enter__(self) -> "TwoHosts":
@@ -40,6 +46,12 @@ class TwoHosts:
         first, second = self.hosts
         _ip("link", "add", INTERFACE, "netns", first.name, "type", "veth", "peer", "name", INTERFACE,
             "netns", second.name)  # fmt: skip
+        door = f"vms{os.getpid()}"
+        _ip("link", "add", door, "type", "veth", "peer", "name", "door", "netns", first.name)
+        _ip("address", "add", f"{self.outside}/30", "dev", door)
+        _ip("link", "set", door, "up")
+        _ip("-n", first.name, "address", "add", f"{self.door}/30", "dev", "door")
+        _ip("-n", first.name, "link", "set", "door", "up")
         for host in self.hosts:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             _ip("-n", host.name, "link", "set", "lo", "up")

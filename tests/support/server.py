@@ -21,21 +21,30 @@ NAME = "served"
 class Server:
     """One running server; `stop()` (or leaving the `with` block) ends it and whatever it started."""
 
-    def __init__(self, command: list[str], port: int, log: Path, env: Mapping[str, str] | None = None, key: str = ""):
-        """command: `vllm serve …` without host and port. log: receives stdout and stderr. key: the API key, if any."""
+    def __init__(
+        self,
+        command: list[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        key: str = "",
+        address: str = "127.0.0.1",
+    ):
+        """command: `vllm serve …` without host and port. log: receives stdout and stderr. key: the API key, if any.
+        address: where it listens."""
         self.port, self.log, self.key = port, log, key
         self.directory = commands.short_temporary_directory()
         self._log_file = open(log, "ab")
         self.process = commands.start(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", address, "--port", str(port)],
             {"TMPDIR": self.directory, **(env or {})},
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
         )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120)
+        self.http = httpx.Client(base_url=f"http://{address}:{port}", headers=headers, timeout=120)
         self.openai = OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key=key or "none", max_retries=0, timeout=120
+            base_url=f"http://{address}:{port}/v1", api_key=key or "none", max_retries=0, timeout=120
         )
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> "Server":
