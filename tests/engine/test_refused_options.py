@@ -35,7 +35,7 @@ MODELS = {
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OPTIONS = {
     "--decode-context-parallel-size": dict(tensor_parallel_size=3, decode_context_parallel_size=3),
-    "--nnodes": dict(tensor_parallel_size=3, nnodes=3, master_addr="127.0.0.1"),
+    "--distributed-executor-backend": dict(tensor_parallel_size=3, distributed_executor_backend="uni"),
     "--enable-lora": dict(enable_lora=True),
     "--quantization": dict(quantization="fp8"),
     "--speculative-config method": dict(speculative_config={**NGRAM, "method": "ngram_gpu"}),

@@ -1,1 +1,1 @@
-"""Process groups and their collectives: shared memory between the ranks of one host."""
+"""Process groups and their collectives: shared memory between the ranks of one host, TCP between hosts."""

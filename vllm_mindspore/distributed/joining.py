@@ -44,10 +44,11 @@ def _same() -> dict[str, str]:
     return {"vllm_mindspore": __version__, "sources": cache.source_hash()}
 
 
-def join(name: str, cpu_group: dist.ProcessGroup, spin: bool) -> None:
+def join(name: str, cpu_group: dist.ProcessGroup, spin: bool, one_way: bool = False) -> None:
     """Join this process's group `name`, whose ranks are those of `cpu_group`. Every rank must call it.
 
-    spin: whether each rank has a CPU of its own, on which it may wait busily.
+    spin: whether each rank has a CPU of its own, on which it may wait busily. one_way: a group of two, for the
+    operators `send` on the first rank and `receive` on the second.
 
     Raises:
         GroupError: the ranks run different versions, memory cannot be shared, or a host cannot be reached.
@@ -55,7 +56,7 @@ def join(name: str, cpu_group: dist.ProcessGroup, spin: bool) -> None:
     rank = dist.get_rank(cpu_group)
     _require_same(name, _told(cpu_group, _same()))
     members = _told(cpu_group, Member(hosts.identity(), hosts.address(), os.getpid()))
-    _share_memory(name, cpu_group, rank, members, spin)
+    _share_memory(name, cpu_group, rank, members, spin, one_way)
     others = [other for other, member in enumerate(members) if member.host != members[rank].host]
     if len({member.host for member in members}) > 1:
         _connect(name, cpu_group, rank, members, others)
@@ -90,10 +91,13 @@ def _require_same(name: str, versions: list[dict[str, str]]) -> None:
                 )
 
 
-def _share_memory(name: str, cpu_group: dist.ProcessGroup, rank: int, members: list[Member], spin: bool) -> None:
+def _share_memory(
+    name: str, cpu_group: dist.ProcessGroup, rank: int, members: list[Member], spin: bool, one_way: bool
+) -> None:
     """The first rank of each host makes memory, the others of that host join it."""
     first = next(other for other, member in enumerate(members) if member.host == members[rank].host)
-    options = (ctypes.c_double(STARTING_TIMEOUT), ctypes.c_int64(_SPIN_NANOSECONDS if spin else 0))
+    spin_nanoseconds = ctypes.c_int64(_SPIN_NANOSECONDS if spin else 0)
+    options = (ctypes.c_double(STARTING_TIMEOUT), spin_nanoseconds, int(one_way))
 
     def joined(memory: str) -> int:
         arguments = (name.encode(), rank, len(members), memory.encode(), ctypes.c_int64(SLOT_BYTES))

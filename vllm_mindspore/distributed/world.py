@@ -12,6 +12,7 @@ import torch.distributed as dist
 from vllm_mindspore.distributed.groups import GroupError
 
 _PREFIX = "vllm_mindspore"
+_LOOK_EVERY = 0.1  # seconds
 _WRONG, _AGREED = f"{_PREFIX}/wrong", f"{_PREFIX}/agreed"
 
 
@@ -84,8 +85,11 @@ def require_same_sizes(parallel_config, rank: int) -> dist.Store | None:
             store.set(_AGREED, "1")
         if store.check([_AGREED]):
             return store
-        time.sleep(0.1)
-    raise GroupError(f"hosts were not started alike: {store.get(_WRONG).decode()}")
+        time.sleep(_LOOK_EVERY)
+    wrong = store.get(_WRONG).decode()
+    if rank == 0:
+        time.sleep(10 * _LOOK_EVERY)  # the others read it from this process
+    raise GroupError(f"hosts were not started alike: {wrong}")
 
 
 def require_same_model(vllm_config, world: dist.ProcessGroup) -> None:

@@ -15,7 +15,7 @@ NAMESPACE = "vllm_ms"
 # Each of these modules of vllm_mindspore.ops has a list OPERATORS.
 _DEFINITIONS = (
     "embedding", "linear", "quantized", "norm", "activation", "pointwise", "concat", "rotary", "attention", "mla",
-    "indexer", "moe", "collectives", "exchange",
+    "indexer", "moe", "collectives", "exchange", "begun",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -61,7 +62,9 @@ class MindSporeWorker(WorkerBase):
         if config.world_size_across_dp == 1 and not torch.distributed.is_initialized():
             # By default the group's store would be a file in /tmp that nobody deletes.
             torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), world_size=1, rank=0)
-        hosts.note_master(config.master_addr if config.nnodes > 1 else config.data_parallel_master_ip)
+        rendezvous = urlsplit(self.distributed_init_method).hostname  # Ray's; none where it is a file
+        master = config.master_addr if config.nnodes > 1 else config.data_parallel_master_ip
+        hosts.note_master(rendezvous or master)
         store = world.require_same_sizes(config, self.rank)
         init_distributed_environment(
             config.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"

@@ -94,12 +94,13 @@ TEST(rounds_may_be_begun_together_and_ended_in_any_order) {
     expect_none(with_ranks(size, 4096, [&](Group &group, int rank) {
       for (int repeat = 0; repeat < 1000; ++repeat) {
         const auto bytes_of = [](int) { return static_cast<int64_t>(sizeof(int)); };
+        const auto all = [](int) { return Part{0, sizeof(int)}; };
         std::vector<uint32_t> rounds;
         for (int i = 0; i < Rounds::kDepth; ++i) {
           rounds.push_back(group.post(Collective::barrier, sizeof(int), [&](char *slot) {
             const int value = repeat + i * 100 + rank;
             std::memcpy(slot, &value, sizeof(value));
-          }));
+          }, all));
         }
         for (int i : {2, 0, 3, 1}) {
           group.take(rounds[i], Collective::barrier, bytes_of, [&] {
@@ -117,7 +118,8 @@ TEST(rounds_may_be_begun_together_and_ended_in_any_order) {
 
 TEST(more_rounds_than_there_are_slots_are_refused) {
   const auto errors = with_ranks(2, 4096, [](Group &group, int) {
-    for (int i = 0; i <= Rounds::kDepth; ++i) group.post(Collective::barrier, 0, [](char *) {});
+    const auto none = [](int) { return Part{}; };
+    for (int i = 0; i <= Rounds::kDepth; ++i) group.post(Collective::barrier, 0, [](char *) {}, none);
   });
   for (const std::string &error : errors) CHECK(error.find("4 collectives are begun") != std::string::npos) << error;
 }

@@ -92,16 +92,17 @@ VLLM_MS_EXPORT int vllm_ms_launch_addresses(int64_t *out, int size) {
 
 // See collectives.h. Joins or makes a group; returns the descriptor of its memory, or writes what is wrong and returns -1.
 VLLM_MS_EXPORT int vllm_ms_join_group(const char *name, int rank, int size, const char *memory, int64_t slot_bytes,
-                                      double timeout, int64_t spin_nanoseconds, char *text, int text_size) {
+                                      double timeout, int64_t spin_nanoseconds, int one_way, char *text,
+                                      int text_size) {
   int file = -1;
   reported(text, text_size, [&] {
-    file = vllm_ms::join_group({name, rank, size, memory, slot_bytes, timeout, spin_nanoseconds}).file();
+    file = vllm_ms::join_group({name, rank, size, memory, slot_bytes, timeout, spin_nanoseconds, one_way != 0}).file();
   });
   return file;
 }
 // See links.h: connections of a group that is joined with ranks of other hosts, by the libzmq that `library` is linked
-// with. Listen first; give the endpoints to the others; connect with each; then wait for all. Return 0, or write what is
-// wrong and return 1.
+// with. Listen first; give the endpoints to the others; connect with each; then wait for all. Return 0, or write what
+// is wrong and return 1.
 VLLM_MS_EXPORT int vllm_ms_listen(const char *name, const char *library, const char *token, const char *address,
                                   const int32_t *others, int count, double silence, char *text, int text_size) {
   return reported(text, text_size, [&] {

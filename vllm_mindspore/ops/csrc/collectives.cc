@@ -8,6 +8,7 @@
 
 #include "kernels/reduce.h"
 #include "parallel.h"
+#include "runs.h"
 
 namespace vllm_ms {
 
@@ -23,24 +24,13 @@ void for_elements(int64_t count, int64_t bytes, F f) {
   parallel_for(count, std::max<int64_t>(1, kParallelBytes / bytes), f);
 }
 
-// Calls f(place in [outer, size, inner], place in [begin, end), count) for every run of elements [begin, end) of part
-// `part`, an [outer, inner].
-template <class F>
-void for_runs(int64_t begin, int64_t end, int64_t part, int64_t size, int64_t inner, F f) {
-  for (int64_t i = begin; i < end;) {
-    const int64_t row = i / inner, column = i % inner, count = std::min(end - i, inner - column);
-    f((row * size + part) * inner + column, i - begin, count);
-    i += count;
-  }
-}
-
 }  // namespace
 
 int64_t Group::round_bytes() const { return std::min(slot_bytes(), kRoundBytes); }
 
 // `count` units of together `bytes`, `per_round` of them in a round: write(begin, end, slot) puts them into this rank's
-// slot, of which rank r reads part_of(r, count of units), and read(begin, end, round) takes the others' out of theirs. All
-// ranks have as many. Between hosts the next round is under way while one is read.
+// slot, of which rank r reads part_of(r, count of units), and read(begin, end, round) takes the others' out of theirs.
+// All ranks have as many. Between hosts the next round is under way while one is read.
 template <class Write, class PartOf, class Read>
 void Group::in_rounds(Collective kind, int64_t bytes, int64_t count, int64_t per_round, Write write, PartOf part_of,
                       Read read) {
@@ -77,7 +67,7 @@ void Group::all_reduce(const void *x, int64_t count, DType dtype, void *out) {
     parts[rank()] = static_cast<const char *>(x) + begin * bytes;
     void *to = static_cast<char *>(out) + begin * bytes;
     for_elements(end - begin, bytes, [&](int64_t first, int64_t last) {
-      sum_parts({parts, size(), dtype, first, last, to});
+      sum_parts({parts, size(), dtype, first, last, to, dtype});
     });
   };
   const auto all = [&](int, int64_t n) { return Part{0, n * bytes}; };
@@ -120,7 +110,7 @@ void Group::reduce_scatter(const void *x, int64_t outer, int64_t inner, DType dt
     for (int other = 0; other < size(); ++other) parts[other] = slot(other, round) + rank() * (end - begin) * bytes;
     void *to = static_cast<char *>(out) + begin * bytes;
     for_elements(end - begin, bytes, [&](int64_t first, int64_t last) {
-      sum_parts({parts, size(), dtype, first, last, to});
+      sum_parts({parts, size(), dtype, first, last, to, dtype});
     });
   };
   const auto one = [&](int other, int64_t n) { return Part{other * n * bytes, n * bytes}; };

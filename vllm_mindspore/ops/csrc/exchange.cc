@@ -84,7 +84,8 @@ uint32_t post_results(Group &group, const StepTokens &tokens, const ExpertHolder
       write_row(y + token * width, width, reinterpret_cast<float *>(slot) + (token - begin) * width);
     });
   }, [&](int other) {
-    const int64_t from = std::max(begin, tokens.first[other]), to = std::min(end, tokens.first[other] + tokens.count[other]);
+    const int64_t from = std::max(begin, tokens.first[other]);
+    const int64_t to = std::min(end, tokens.first[other] + tokens.count[other]);
     return Part{(from - begin) * row_bytes(width), std::max<int64_t>(0, to - from) * row_bytes(width)};
   });
 }
@@ -161,7 +162,7 @@ void end_combine(Group &group, uint32_t round, const StepTokens &tokens, const E
         if (num_parts == 0) {
           std::memset(row, 0, row_bytes(width));
         } else {
-          sum_parts({parts, num_parts, DType::f32, 0, width, row});
+          sum_parts({parts, num_parts, DType::f32, 0, width, row, DType::f32});
         }
       });
     });

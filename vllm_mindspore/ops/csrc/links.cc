@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
 
 #include "waiting.h"
@@ -15,7 +16,7 @@ namespace vllm_ms {
 namespace {
 
 constexpr int kMostDepth = 16;
-constexpr int kHello = -1, kFailure = -2, kLeaving = -3;  // kinds of messages beside those of rounds
+constexpr int kHello = -1, kFailure = -2, kLeaving = -3, kTaken = -4;  // kinds of messages beside those of rounds
 constexpr double kHeartbeatSeconds = 1;
 constexpr int kNever = 1 << 30;  // milliseconds
 
@@ -36,7 +37,9 @@ void send_both(zmq::Message *messages, void *socket) {
   if (!first || library.msg_send(&messages[1], socket, zmq::kDontWait) < 0) library.msg_close(&messages[1]);
 }
 
-void one_is_sent(void *, void *counter) { static_cast<std::atomic<int> *>(counter)->fetch_sub(1, std::memory_order_release); }
+void one_is_sent(void *, void *counter) {
+  static_cast<std::atomic<int> *>(counter)->fetch_sub(1, std::memory_order_release);
+}
 
 void free_text(void *text, void *counter) {
   std::free(text);
@@ -139,15 +142,15 @@ void Links::connect(int other, const std::string &process, const std::string &ho
 
 void Links::greet(double seconds) {
   const int64_t deadline = monotonic_nanoseconds() + static_cast<int64_t>(seconds * 1e9);
-  const auto waited_for = [this] {
-    return std::find_if(peers_.begin(), peers_.end(), [](const auto &peer) { return peer != nullptr && !peer->greeted; });
-  };
-  for (auto peer = waited_for(); peer != peers_.end(); peer = waited_for()) {
-    receive(100);
-    if ((*peer)->greeted || monotonic_nanoseconds() < deadline) continue;
-    require(false, describe(static_cast<int>(peer - peers_.begin())) + " has not answered at " + (*peer)->endpoint + " within " +
-                       std::to_string(milliseconds(seconds) / 1000) +
-                       " s. All ports must be open between the hosts; VLLM_HOST_IP says which address is used.");
+  for (int other = 0; other < options_.size; ++other) {
+    while (peers_[other] != nullptr && !peers_[other]->greeted) {
+      receive(100);
+      if (peers_[other]->greeted || monotonic_nanoseconds() < deadline) continue;
+      std::ostringstream text;
+      text << describe(other) << " has not answered at " << peers_[other]->endpoint << " within " << seconds
+           << " s. All ports must be open between the hosts; VLLM_HOST_IP says which address is used.";
+      require(false, text.str());
+    }
   }
 }
 
@@ -156,9 +159,9 @@ std::string Links::describe(int rank) const {
   return "rank " + std::to_string(rank) + " (process " + peer.process + " on host " + peer.host + ")";
 }
 
-void Links::send_text(int other, int32_t kind, const std::string &text) {
+void Links::send_text(int other, int32_t kind, const std::string &text, uint32_t round) {
   const zmq::Library &library = zmq_library();
-  Header header{0, kind, 0, 0, static_cast<int64_t>(text.size())};
+  Header header{round, kind, 0, 0, static_cast<int64_t>(text.size())};
   zmq::Message messages[2];
   library.msg_init_size(&messages[0], sizeof(header));
   std::memcpy(library.msg_data(&messages[0]), &header, sizeof(header));
@@ -201,6 +204,18 @@ char *Links::slot(int other, uint32_t round) const {
   return static_cast<char *>(zmq_library().msg_data(&arrived.message)) - arrived.posted.part.offset;
 }
 
+bool Links::taken(int other, uint32_t round) const {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return static_cast<int32_t>(peers_[other]->taken - round) >= 0;
+}
+
+void Links::tell_taken(uint32_t round) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  for (int other = 0; other < options_.size; ++other) {
+    if (peers_[other] != nullptr && !peers_[other]->gone) send_text(other, kTaken, "", round);
+  }
+}
+
 void Links::give_back(uint32_t round) {
   const std::lock_guard<std::mutex> guard(mutex_);
   for (const auto &peer : peers_) {
@@ -225,7 +240,8 @@ void Links::receive_one(int other, zmq::Message *first) {
   const std::string text = whole && header.kind < 0
                                ? std::string(static_cast<char *>(library.msg_data(&second)), library.msg_size(&second))
                                : std::string();
-  if (!whole || header.length != static_cast<int64_t>(library.msg_size(&second)) || (!peer.greeted && header.kind != kHello)) {
+  const bool complete = whole && header.length == static_cast<int64_t>(library.msg_size(&second));
+  if (!complete || (!peer.greeted && header.kind != kHello)) {
     // Not one of ours.
   } else if (header.kind == kHello) {
     if (!peer.greeted && text == options_.token) {
@@ -237,6 +253,8 @@ void Links::receive_one(int other, zmq::Message *first) {
     if (failure_.empty()) failure_ = text;
   } else if (header.kind == kLeaving) {
     peer.left = true;
+  } else if (header.kind == kTaken) {
+    peer.taken = header.round;
   } else {
     Arrived &arrived = peer.rounds[header.round % peer.rounds.size()];
     if (!arrived.filled) library.msg_init(&arrived.message);

@@ -1,8 +1,9 @@
 // A rank's connections with those ranks of its group that are on other hosts: TCP, by libzmq (zmq_library.h).
 //
 // One connection a pair of ranks. What a rank posts in a round is sent to each of them out of its slot, by libzmq's
-// thread; what they post is received by that thread and kept until the round is given back. A rank that posts no longer
-// than kDepth rounds before it has taken what the others posted is at most 2 * kDepth of them ahead of any other.
+// thread; what they post is received by that thread and kept until the round is given back. A rank has at most `depth`
+// rounds begun and not ended, so it is at most 2 * depth of them ahead of any other. One that only posts is told what
+// has been taken.
 //
 // A connection that is closed, or over which nothing comes for `silence` seconds, not even an answer to libzmq's
 // heartbeats, is a rank that is gone. A failure is told to all, and so is that a rank leaves.
@@ -70,6 +71,9 @@ class Links {
   const Posted *posted(int other, uint32_t round) const;
   // The slot of rank `other`, of which the part that was sent is here.
   char *slot(int other, uint32_t round) const;
+  // Whether rank `other` has told that it has taken a round of this rank's.
+  bool taken(int other, uint32_t round) const;
+  void tell_taken(uint32_t round);
   // Nobody reads the round's slots any more.
   void give_back(uint32_t round);
 
@@ -95,7 +99,8 @@ class Links {
   struct Peer {
     void *socket = nullptr, *monitor = nullptr;
     std::string process, host, endpoint;
-    int file = -1;  // of the connection, in this process
+    int file = -1;       // of the connection, in this process
+    uint32_t taken = 0;  // its last round
     bool greeted = false, gone = false, left = false;
     std::vector<Arrived> rounds;
   };
@@ -105,7 +110,7 @@ class Links {
   void open(int other);
   void require(bool condition, const std::string &what) const;
   void set(void *socket, int option, int value) const;
-  void send_text(int other, int32_t kind, const std::string &text);
+  void send_text(int other, int32_t kind, const std::string &text, uint32_t round = 0);
   void receive_now(int milliseconds);
   void receive_all(int other);
   void receive_one(int other, zmq::Message *header);

@@ -50,8 +50,10 @@ int64_t slots_offset() { return round_up(sizeof(GroupMemory), kPage); }
 int64_t memory_bytes(int64_t size, int64_t slot_bytes) { return slots_offset() + Rounds::kDepth * size * slot_bytes; }
 
 std::string describe(int32_t kind, int64_t bytes) {
-  static const char *const names[] = {"all_reduce",  "all_gather", "reduce_scatter", "barrier",
-                                      "gather_rows", "dispatch",   "combine"};
+  static const char *const names[] = {
+      "all_reduce", "all_gather", "reduce_scatter",   "barrier",          "gather_rows",
+      "dispatch",   "combine",    "all_reduce_start", "all_gather_start", "reduce_scatter_start", "reduce_scatter_rows",
+      "all_to_all", "send"};
   const bool known = kind >= 0 && kind < static_cast<int32_t>(sizeof(names) / sizeof(names[0]));
   return text_of(known ? names[kind] : "another collective", " of ", bytes, " bytes");
 }
@@ -99,6 +101,7 @@ Rounds::Rounds(const GroupOptions &options) : options_(options) {
   const int64_t slot_bytes = round_up(std::max<int64_t>(options_.slot_bytes, 1), kPage);
   require(options_.size >= 1 && options_.size <= kMostRanks && options_.rank >= 0 && options_.rank < options_.size,
           text_of("rank ", options_.rank, " of ", options_.size, "; there may be ", kMostRanks));
+  require(!options_.one_way || options_.size == 2, text_of("one way between ", options_.size, " ranks; there must be 2"));
   file_ = make ? memfd_create("vllm_ms_group", MFD_CLOEXEC) : open(options_.memory.c_str(), O_RDWR | O_CLOEXEC);
   require(file_ >= 0, std::strerror(errno));
   if (make) require(ftruncate(file_, memory_bytes(options_.size, slot_bytes)) == 0, std::strerror(errno));
@@ -234,8 +237,10 @@ uint32_t Rounds::begin(Collective kind, int64_t bytes) {
     if (other == options_.rank) continue;
     if (!remote(other)) {
       wait_for({other, memory_->lines[other].taken, round - kDepth, kind, bytes});
-    } else if (!links_->sent(round)) {  // the slot's last round
-      wait_for_links(other, kind, bytes, [&] { return links_->sent(round); });
+    } else {  // the slot's last round has left it, and where nothing comes back, has been taken
+      wait_for_links(other, kind, bytes, [&] {
+        return links_->sent(round) && (!options_.one_way || links_->taken(other, round - kDepth));
+      });
     }
   }
   return round;
@@ -273,7 +278,9 @@ void Rounds::give_back(uint32_t round) {
     ++taken_;
   }
   advance(memory_->lines[options_.rank].taken, taken_);
-  if (links_ != nullptr) links_->give_back(round);
+  if (links_ == nullptr) return;
+  links_->give_back(round);
+  if (options_.one_way && options_.rank == 1) links_->tell_taken(round);
 }
 
 std::string group_failure() {

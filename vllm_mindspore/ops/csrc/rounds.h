@@ -8,8 +8,8 @@
 // it. To a rank of another host goes that part of a slot that it reads, and it does not tell when it has taken it.
 //
 // A rank that waits finds out within kAliveCheck that another has died (the kernel drops the lock that each rank holds on
-// its byte of the memory's file, or closes its connection), that it reported a failure, or that it is at another collective; and, after the group's
-// timeout, that it stalls. Each is a std::runtime_error that names the group and the rank, and ends the group for all.
+// its byte of the memory's file, or closes its connection), that it reported a failure, or that it is at another
+// collective; and, after the group's timeout, that it stalls. Each is a std::runtime_error that names the group and the rank, and ends the group for all.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,7 @@ struct GroupOptions {
   int64_t slot_bytes = 0;        // most of a round, where it is made; only what is used becomes resident
   double timeout = 0;            // seconds that another rank may take to arrive; 0: any
   int64_t spin_nanoseconds = 0;  // to wait busily before sleeping
+  bool one_way = false;          // of two ranks: rank 0 only posts, and rank 1 only takes
 };
 
 template <class... Parts>
@@ -42,7 +43,21 @@ std::string text_of(const Parts &...parts) {
   return text.str();
 }
 
-enum class Collective : int32_t { all_reduce, all_gather, reduce_scatter, barrier, gather_rows, dispatch, combine };
+enum class Collective : int32_t {
+  all_reduce,
+  all_gather,
+  reduce_scatter,
+  barrier,
+  gather_rows,
+  dispatch,
+  combine,
+  all_reduce_start,
+  all_gather_start,
+  reduce_scatter_start,
+  reduce_scatter_rows,
+  all_to_all,
+  send
+};
 
 class Rounds {
  public:
@@ -55,6 +70,7 @@ class Rounds {
 
   int rank() const { return options_.rank; }
   int size() const { return options_.size; }
+  bool one_way() const { return options_.one_way; }
   const std::string &name() const { return options_.name; }
   // Others join by /proc/<process>/fd/<this>: the memory has no name in any file system, and is gone with its last user.
   int file() const { return file_; }
@@ -87,6 +103,11 @@ class Rounds {
     read();
     give_back(round);
   }
+
+  // Of a group that is one-way: what it was posted for is done without this rank.
+  void leave_to_receiver(uint32_t round) { give_back(round); }
+  // And the round that is to be taken next.
+  uint32_t next_to_take() const { return taken_ + 1; }
 
   // What a rank wrote, between `post` and the end of `take`; of a rank of another host that part that this one reads.
   char *slot(int rank, uint32_t round) const;

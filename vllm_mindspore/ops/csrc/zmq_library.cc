@@ -16,7 +16,7 @@ std::mutex mutex;
 template <class Function>
 void find(void *handle, const char *name, Function *&function) {
   void *found = dlsym(handle, name);
-  if (found == nullptr) throw std::runtime_error(std::string("libzmq: no function ") + name + "; install pyzmq's wheel");
+  if (found == nullptr) throw std::runtime_error(std::string("libzmq has no ") + name + ": install pyzmq's wheel");
   function = reinterpret_cast<Function *>(found);
 }
 

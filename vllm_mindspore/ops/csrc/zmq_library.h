@@ -1,4 +1,4 @@
-// libzmq, the library that carries messages between hosts: its C interface, found in an installed one when it is needed.
+// libzmq, which carries messages between hosts: its C interface, found in an installed library when it is needed.
 #pragma once
 
 #include <cstddef>

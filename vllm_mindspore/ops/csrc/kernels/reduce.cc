@@ -6,9 +6,9 @@ namespace vllm_ms {
 namespace VLLM_MS_ISA {
 namespace {
 
-template <class T>
+template <class T, class Out>
 void sum(const SumPartsArgs &args) {
-  T *out = static_cast<T *>(args.out);
+  Out *out = static_cast<Out *>(args.out);
   for (int64_t i = args.begin; i < args.end; i += kLanes) {
     const int64_t n = args.end - i < kLanes ? args.end - i : kLanes;
     Vec total = load_part(static_cast<const T *>(args.parts[0]) + i, n);
@@ -22,7 +22,9 @@ void sum(const SumPartsArgs &args) {
 }  // namespace
 
 void sum_parts(const SumPartsArgs &args) {
-  VLLM_MS_DISPATCH_FLOAT(args.dtype, T, { sum<T>(args); })
+  VLLM_MS_DISPATCH_FLOAT(args.dtype, T, {
+    VLLM_MS_DISPATCH_FLOAT(args.out_dtype, Out, { (sum<T, Out>(args)); })
+  })
 }
 
 void copy_bytes(const CopyBytesArgs &args) {

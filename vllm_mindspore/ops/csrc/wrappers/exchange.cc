@@ -1,21 +1,12 @@
 // Each exchange is two operators: one begins it, and its result stands for the round that the other one ends.
 #include "../exchange.h"
 
-#include <cstring>
-
 #include "../aot.h"
+#include "round.h"
 
 namespace vllm_ms {
 namespace aot {
 namespace {
-
-void write_round(uint32_t round, void *out) { std::memcpy(out, &round, sizeof(round)); }
-
-uint32_t round_of(const Tensor &begun) {
-  uint32_t round;
-  std::memcpy(&round, begun.data, sizeof(round));
-  return round;
-}
 
 // Shared by all: the group by its name, and the step's tokens.
 struct Exchange {
