@@ -98,7 +98,7 @@ setup(
         f"{PACKAGE}.ops": ["csrc/**", "lib/*.so", "lib/*.json"],
     },
     install_requires=["packaging"],
-    extras_require={"test": TEST_REQUIREMENTS, "ngram": ["numba"]},
+    extras_require={"test": TEST_REQUIREMENTS, "ngram": ["numba"], "ray": ["ray"]},
     entry_points={
         "console_scripts": ["vllm-mindspore = vllm_mindspore.cli:main"],
         "vllm.platform_plugins": ["mindspore = vllm_mindspore.plugin:register_platform"],

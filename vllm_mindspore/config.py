@@ -2,6 +2,7 @@
 
 from enum import Enum
 
+from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_mindspore import options, quantization
@@ -55,9 +56,12 @@ def _refuse_parallelism(parallel_config) -> None:
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
     executor = parallel_config.distributed_executor_backend
-    if parallel_config.world_size > 1 and executor not in (None, "mp"):
-        option = "--distributed-executor-backend"
-        raise UnsupportedOptionError(option, executor, "mp, processes on each host", "Leave the option out.")
+    if parallel_config.world_size > 1 and executor not in (None, "mp", "ray"):
+        option, supported = "--distributed-executor-backend", "mp, processes on each host, and ray, its actors"
+        raise UnsupportedOptionError(option, executor, supported, "Use one of them.")
+    if executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):
+        supported = "Ray's actors with vLLM's message queues"
+        raise UnsupportedOptionError("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", 0, supported, "Leave it unset.")
     if parallel_config.data_parallel_size > 1 and parallel_config.data_parallel_backend != "mp":
         option, found = "--data-parallel-backend", parallel_config.data_parallel_backend
         raise UnsupportedOptionError(option, found, "mp, processes on each host", "Leave the option out.")

@@ -18,7 +18,8 @@ class MindSporePlatform(Platform):
     dispatch_key = "CPU"
     simple_compile_backend = "eager"
     dist_backend = "gloo"
-    ray_device_key = ""
+    ray_device_key = "NPU"  # Ray's name for Ascend's devices; on CPU a node says with it how many ranks it takes
+    ray_noset_device_env_vars: list[str] = ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"]
     device_control_env_var = "MS_VISIBLE_DEVICES"
     supported_quantization: list[str] = [*quantization.NAMES, quantization.DEQUANTIZE]
 

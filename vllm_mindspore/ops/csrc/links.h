@@ -11,6 +11,7 @@
 // One thread posts and takes; others may ask for what is lost, and report failures.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -104,10 +105,16 @@ class Links {
     bool greeted = false, gone = false, left = false;
     std::vector<Arrived> rounds;
   };
-  // Of the rounds of which slots are being sent, to how many; lives until libzmq has called back for all.
-  struct Sending;
+  static constexpr int kMostDepth = 16;
+  // To how many a round's slot is being sent, and how many texts; lives until libzmq has called back for all.
+  struct Sending {
+    std::array<std::atomic<int>, kMostDepth> rounds{};
+    std::atomic<int> texts{0};
+    bool any() const;
+  };
 
   void open(int other);
+  void send_hello(int other);
   void require(bool condition, const std::string &what) const;
   void set(void *socket, int option, int value) const;
   void send_text(int other, int32_t kind, const std::string &text, uint32_t round = 0);
