@@ -204,6 +204,16 @@ void Links::receive_now(int milliseconds) {
   }
 }
 
+bool Links::gone(int rank) const {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return peers_[rank] != nullptr && peers_[rank]->gone;
+}
+
+std::string Links::failure() const {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return failure_;
+}
+
 std::string Links::lost() {
   const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (!lock) return "";  // somebody waits, and will see it

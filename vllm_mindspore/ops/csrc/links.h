@@ -81,9 +81,9 @@ class Links {
   // Receives what has come; waits for something, at most so many milliseconds.
   void receive(int milliseconds);
   // Whether the connection with a rank is gone.
-  bool gone(int rank) const { return peers_[rank] != nullptr && peers_[rank]->gone; }
+  bool gone(int rank) const;
   // What another rank has reported; empty if nothing.
-  const std::string &failure() const { return failure_; }
+  std::string failure() const;
   void tell_failure(const std::string &reason);
   void tell_leaving();
   // Why the group cannot go on: a failure, or which rank is gone or has left; empty while it can.

@@ -188,7 +188,8 @@ void Rounds::sleep_until_there(const Wanted &wanted) {
     if (memory_->failed.load(std::memory_order_acquire) == GroupMemory::kFailed) return leave(memory_->reason);
     if (links_ != nullptr) {
       links_->receive(0);
-      if (!links_->failure().empty()) return leave(links_->failure());
+      const std::string reported = links_->failure();
+      if (!reported.empty()) return leave(reported);
     }
     struct flock lock = rank_lock(wanted.other);  // says nothing of a rank in this process: such are threads of a test
     const bool dead = line.process != getpid() && fcntl(file_, F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
@@ -224,7 +225,8 @@ void Rounds::wait_for_links(int other, Collective kind, int64_t bytes, There the
 }
 
 void Rounds::require_connected(int other, Collective kind, int64_t bytes) {
-  if (!links_->failure().empty()) end(links_->failure());
+  const std::string reported = links_->failure();
+  if (!reported.empty()) end(reported);
   if (!links_->gone(other)) return;
   end(text_of(links_->describe(other), " during ", describe(static_cast<int32_t>(kind), bytes), kRankIsGone));
 }

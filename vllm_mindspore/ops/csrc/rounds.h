@@ -9,7 +9,8 @@
 //
 // A rank that waits finds out within kAliveCheck that another has died (the kernel drops the lock that each rank holds on
 // its byte of the memory's file, or closes its connection), that it reported a failure, or that it is at another
-// collective; and, after the group's timeout, that it stalls. Each is a std::runtime_error that names the group and the rank, and ends the group for all.
+// collective; and, after the group's timeout, that it stalls. Each is a std::runtime_error that names the group and the
+// rank, and ends the group for all.
 #pragma once
 
 #include <cstdint>
@@ -104,9 +105,8 @@ class Rounds {
     give_back(round);
   }
 
-  // Of a group that is one-way: what it was posted for is done without this rank.
+  // Of a group that is one-way: rank 0 has nothing to take of a round; which one rank 1 takes next.
   void leave_to_receiver(uint32_t round) { give_back(round); }
-  // And the round that is to be taken next.
   uint32_t next_to_take() const { return taken_ + 1; }
 
   // What a rank wrote, between `post` and the end of `take`; of a rank of another host that part that this one reads.
