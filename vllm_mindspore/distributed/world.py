@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from enum import Enum
 from importlib import metadata
 
+import torch
 import torch.distributed as dist
 
 from vllm_mindspore.distributed.groups import GroupError
@@ -32,7 +34,7 @@ def _model(vllm_config) -> dict[str, object]:
     configuration = model.hf_config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         configuration.pop(name, None)
-    text = json.dumps(configuration, sort_keys=True, default=str)
+    text = json.dumps(configuration, sort_keys=True, default=_stable)
     return {
         "architecture": model.architecture,
         "digest of the model's configuration": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -43,6 +45,11 @@ def _model(vllm_config) -> dict[str, object]:
         "--max-num-seqs": vllm_config.scheduler_config.max_num_seqs,
         "--max-num-batched-tokens": vllm_config.scheduler_config.max_num_batched_tokens,
     }
+
+
+def _stable(value: object) -> str:
+    """What json cannot write, the same in every process: an object's own text may have its address."""
+    return str(value) if isinstance(value, torch.dtype | Enum) else type(value).__name__
 
 
 def _difference(first: dict[str, object], other: int, found: dict[str, object]) -> str:
