@@ -36,17 +36,26 @@ class TwoHosts:
     """
 
     def __init__(self) -> None:
+        self._interface = f"vms{os.getpid()}"
         network = f"10.{128 + os.getpid() % 128}.{os.getpid() // 128 % 256}"
         self.outside, self.door = f"{network}.1", f"{network}.2"
         self.hosts = [Host(f"vllm-ms-{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in range(2)]
 
     def __enter__(self) -> "TwoHosts":
+        try:
+            self._make()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _make(self) -> None:
         for host in self.hosts:
             _ip("netns", "add", host.name)
         first, second = self.hosts
         _ip("link", "add", INTERFACE, "netns", first.name, "type", "veth", "peer", "name", INTERFACE,
             "netns", second.name)  # fmt: skip
-        door = f"vms{os.getpid()}"
+        door = self._interface
         _ip("link", "add", door, "type", "veth", "peer", "name", "door", "netns", first.name)
         _ip("address", "add", f"{self.outside}/30", "dev", door)
         _ip("link", "set", door, "up")
@@ -56,9 +65,10 @@ class TwoHosts:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             _ip("-n", host.name, "link", "set", "lo", "up")
         self.connect()
-        return self
 
     def __exit__(self, *exception) -> None:
+        # A namespace goes some time after it is deleted, and takes its interfaces along only then.
+        subprocess.run(["ip", "link", "delete", self._interface], capture_output=True)
         for host in self.hosts:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True)
 
