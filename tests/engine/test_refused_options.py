@@ -99,8 +99,10 @@ def test_experts_that_a_loader_cannot_spread(configure):
     [
         (dict(model_type="qwen2", architectures=["MiMoForCausalLM"]), "no num_nextn_predict_layers"),
         (dict(model_type="exaone_moe", architectures=["ExaoneMoeForCausalLM"]), "found ExaoneMoeMTP"),
+        (dict(MLA, **INDEXER, model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"],
+              num_nextn_predict_layers=1), "found DeepseekV32MTPModel"),
     ],
-    ids=["no layer", "another class"],
+    ids=["no layer", "another class", "sparse attention"],
 )  # fmt: skip
 def test_drafts_that_are_not_there(architecture, found, configure, tmp_path):
     folder = checkpoints.configuration(tmp_path / "model", **{**LLAMA, **architecture})
