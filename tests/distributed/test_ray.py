@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,4 +86,4 @@ def test_actors_on_two_hosts_give_the_tokens_of_one_process(options, tmp_path):
 def actors_of(node: subprocess.Popen) -> list[psutil.Process]:
     """The ranks that a node runs."""
     found = psutil.Process(node.pid).children(recursive=True)
-    return [process for process in found if re.search("RayWorkerProc|Worker", " ".join(process.cmdline()))]
+    return [process for process in found if process.name().startswith("ray::RayWorker")]
