@@ -11,7 +11,9 @@ token_ranks [A] int32: the rank of each. counts [size, size] int32: row i says h
 
 from __future__ import annotations
 
-from vllm_mindspore.ops.fakes import like_input
+from vllm_mindspore.ops.collectives import check_size
+from vllm_mindspore.ops.exchange import check_group
+from vllm_mindspore.ops.fakes import begun_round, like_input, resized
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 WIRES = ("float32", "bfloat16")
@@ -21,24 +23,16 @@ _ALONG = f"int dim, int size, {_GROUP}"
 _ROWS = f"int rank, int size, {_GROUP}"
 
 
-def _start_fake(x, *_):
-    return like_input(x, (1,))
-
-
 def _reduced_fake(begun, x, *_):
     return like_input(x)
 
 
-def _resized(x, dim, length):
-    return like_input(x, [*x.shape[:dim], length, *x.shape[dim + 1 :]])
-
-
 def _gathered_fake(begun, x, dim, size, *_):
-    return _resized(x, dim, x.shape[dim] * size)
+    return resized(x, dim, x.shape[dim] * size)
 
 
 def _scattered_fake(begun, x, dim, size, *_):
-    return _resized(x, dim, x.shape[dim] // size)
+    return resized(x, dim, x.shape[dim] // size)
 
 
 def _rows_fake(begun, x, sizes, own, *_):
@@ -56,14 +50,12 @@ def _check_wire(given, wire, group, **_):
 
 def _check_along(given, dim, size, wire, group):
     _check_wire(given, wire, group)
-    if size < 1 or dim < 0:
-        raise ValueError(f"dim {dim} and size {size} of group {group!r}: expected dim >= 0 and size >= 1")
+    check_size(given, dim, size, group)
 
 
 def _check_rows(given, rank, size, wire, group):
     _check_wire(given, wire, group)
-    if not 0 <= rank < size:
-        raise ValueError(f"rank {rank} of {size} in group {group!r}")
+    check_group(given, rank, size, group)
 
 
 def _check_width(given, width, source, wire, group):
@@ -79,19 +71,19 @@ def _operator(name: str, cpu: str, arguments: str, fake, check=_check_wire) -> O
 
 OPERATORS = [
     # x f32 of any shape, the same on all ranks; the sum over ranks
-    _operator("all_reduce_start", "AllReduceStart", f"Tensor x, {_GROUP}", _start_fake),
+    _operator("all_reduce_start", "AllReduceStart", f"Tensor x, {_GROUP}", begun_round),
     _operator("all_reduce_wait", "AllReduceWait", f"Tensor begun, Tensor x, {_GROUP}", _reduced_fake),
     # x f32, the same shape on all ranks; the ranks' x one after the other along dim
-    _operator("all_gather_start", "AllGatherStart", f"Tensor x, {_ALONG}", _start_fake, _check_along),
+    _operator("all_gather_start", "AllGatherStart", f"Tensor x, {_ALONG}", begun_round, _check_along),
     _operator("all_gather_wait", "AllGatherWait", f"Tensor begun, Tensor x, {_ALONG}", _gathered_fake, _check_along),
     # x f32, the same shape on all ranks; of the sum over ranks this rank's part of `size` along dim
-    _operator("reduce_scatter_start", "ReduceScatterStart", f"Tensor x, {_ALONG}", _start_fake, _check_along),
+    _operator("reduce_scatter_start", "ReduceScatterStart", f"Tensor x, {_ALONG}", begun_round, _check_along),
     _operator(
         "reduce_scatter_wait", "ReduceScatterWait", f"Tensor begun, Tensor x, {_ALONG}", _scattered_fake, _check_along
     ),
     # x f32 [A, N]; own [T, ...]: [T, N], of the sum over ranks the rows of this rank's tokens
     _operator(
-        "reduce_scatter_rows_start", "ReduceScatterRowsStart", f"Tensor x, Tensor token_ranks, {_ROWS}", _start_fake,
+        "reduce_scatter_rows_start", "ReduceScatterRowsStart", f"Tensor x, Tensor token_ranks, {_ROWS}", begun_round,
         _check_rows,
     ),
     _operator(
@@ -100,13 +92,13 @@ OPERATORS = [
     ),
     # x f32 [rows that this rank sends, N], those for rank 0 first; own [R, ...]: [R, N], the rows that it gets, those
     # of rank 0 first
-    _operator("all_to_all_start", "AllToAllStart", f"Tensor x, Tensor counts, {_ROWS}", _start_fake, _check_rows),
+    _operator("all_to_all_start", "AllToAllStart", f"Tensor x, Tensor counts, {_ROWS}", begun_round, _check_rows),
     _operator(
         "all_to_all_wait", "AllToAllWait", f"Tensor begun, Tensor x, Tensor counts, Tensor own, {_ROWS}", _rows_fake,
         _check_rows,
     ),
     # x f32 to the other rank of a one-way group, of which this is the first; goes on as soon as x is copied
-    _operator("send", "Send", f"Tensor x, int target, {_GROUP}", _start_fake),
+    _operator("send", "Send", f"Tensor x, int target, {_GROUP}", begun_round),
     # like [T, ...]: [T, width] f32 from the first rank of a one-way group
     _operator("receive", "Receive", f"Tensor like, int width, int source, {_GROUP}", _received_fake, _check_width),
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_mindspore.ops.fakes import like_input
+from vllm_mindspore.ops.fakes import like_input, resized
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 
@@ -15,19 +15,16 @@ def _all_reduce_fake(x, group):
     return like_input(x)
 
 
-def _resized(x, dim, length):
-    return like_input(x, [*x.shape[:dim], length, *x.shape[dim + 1 :]])
-
-
 def _all_gather_fake(x, dim, size, group):
-    return _resized(x, dim, x.shape[dim] * size)
+    return resized(x, dim, x.shape[dim] * size)
 
 
 def _reduce_scatter_fake(x, dim, size, group):
-    return _resized(x, dim, x.shape[dim] // size)
+    return resized(x, dim, x.shape[dim] // size)
 
 
-def _check_size(given, dim, size, group):
+def check_size(given, dim, size, group):
+    """Of collectives of parts along a dimension."""
     if size < 1 or dim < 0:
         raise ValueError(f"dim {dim} and size {size} of group {group!r}: expected dim >= 0 and size >= 1")
 
@@ -50,7 +47,7 @@ OPERATORS = [
         fake=_all_gather_fake,
         cpu="AllGather",
         ascend=ascend_cell("AllGather", "collectives_ascend"),
-        check=_check_size,
+        check=check_size,
         ordered=True,
     ),
     Operator(
@@ -60,7 +57,7 @@ OPERATORS = [
         fake=_reduce_scatter_fake,
         cpu="ReduceScatter",
         ascend=ascend_cell("ReduceScatter", "collectives_ascend"),
-        check=_check_size,
+        check=check_size,
         ordered=True,
     ),
 ]

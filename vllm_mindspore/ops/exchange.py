@@ -10,15 +10,11 @@ size: of this rank and of that group.
 
 from __future__ import annotations
 
-from vllm_mindspore.ops.fakes import like_input
+from vllm_mindspore.ops.fakes import begun_round, like_input
 from vllm_mindspore.ops.operator import Operator, Schema, ascend_cell
 
 _GROUP = "int rank, int size, str group"
 _HOLDERS = f"int capacity, int columns, int column, {_GROUP}"
-
-
-def _start_fake(x, *_):
-    return like_input(x, (1,))
 
 
 def _gather_fake(begun, x, token_ranks, *_):
@@ -33,13 +29,14 @@ def _combine_fake(begun, y, routing, token_ranks, own, *_):
     return like_input(y, (own.shape[0], y.shape[1]))
 
 
-def _check_group(given, rank, size, group):
+def check_group(given, rank, size, group):
+    """Of operators that are made for one rank."""
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size} in group {group!r}")
 
 
 def _check_holders(given, capacity, columns, column, rank, size, group):
-    _check_group(given, rank, size, group)
+    check_group(given, rank, size, group)
     if capacity < 0 or not 0 <= column < columns:
         raise ValueError(f"capacity {capacity}, column {column} of {columns}: expected capacity >= 0, column < columns")
 
@@ -49,10 +46,10 @@ OPERATORS = [
         # x [T, N]
         name="gather_rows_start",
         schema=Schema.parse(f"(Tensor x, Tensor token_ranks, {_GROUP}) -> Tensor"),
-        fake=_start_fake,
+        fake=begun_round,
         cpu="GatherRowsStart",
         ascend=ascend_cell("GatherRowsStart", "exchange_ascend"),
-        check=_check_group,
+        check=check_group,
         ordered=True,
     ),
     Operator(
@@ -62,17 +59,17 @@ OPERATORS = [
         fake=_gather_fake,
         cpu="GatherRowsWait",
         ascend=ascend_cell("GatherRowsWait", "exchange_ascend"),
-        check=_check_group,
+        check=check_group,
         ordered=True,
     ),
     Operator(
         # x [T, N]
         name="moe_dispatch_start",
         schema=Schema.parse(f"(Tensor x, Tensor token_ranks, {_GROUP}) -> Tensor"),
-        fake=_start_fake,
+        fake=begun_round,
         cpu="MoeDispatchStart",
         ascend=ascend_cell("MoeDispatchStart", "exchange_ascend"),
-        check=_check_group,
+        check=check_group,
         ordered=True,
     ),
     Operator(
@@ -90,7 +87,7 @@ OPERATORS = [
         # y [A, N]: what this rank's experts computed for all tokens; routing as above
         name="moe_combine_start",
         schema=Schema.parse(f"(Tensor y, Tensor routing, Tensor token_ranks, {_HOLDERS}) -> Tensor"),
-        fake=_start_fake,
+        fake=begun_round,
         cpu="MoeCombineStart",
         ascend=ascend_cell("MoeCombineStart", "exchange_ascend"),
         check=_check_holders,

@@ -1,31 +1,23 @@
 // Collectives that are begun by one operator and ended by another, and those between two ranks; see begun.h.
 #include "../begun.h"
 
-#include <cstring>
-
-#include "../aot.h"
+#include "named_group.h"
 #include "round.h"
 
 namespace vllm_ms {
 namespace aot {
 namespace {
 
-// Shared by all: the group by its name, and how values go.
-struct Begun {
-  std::string name;
+// Shared by all: the group, and how values go.
+struct Begun : NamedGroup {
   DType wire;
-  explicit Begun(const Attributes &a) : name(a.text("group")) {
+  explicit Begun(const Attributes &a) : NamedGroup(a) {
     const std::string text = a.text("wire");
     require(text == "float32" || text == "bfloat16", "wire ", text, ": expected float32 or bfloat16");
     wire = text == "bfloat16" ? DType::bf16 : DType::f32;
   }
 
-  Group &joined() const { return group(name); }
-  Group &joined(int64_t size) const {
-    Group &found = joined();
-    require(found.size() == size, "group ", name, " has ", found.size(), " ranks, the graph was made for ", size);
-    return found;
-  }
+  using NamedGroup::joined;
   Group &joined(int64_t rank, int64_t size) const {
     Group &found = joined(size);
     require(found.rank() == rank, "this is rank ", found.rank(), " of group ", name, ", the graph was made for ", rank);
@@ -56,29 +48,8 @@ struct AllReduceWaitOp : Begun {
   }
 };
 
-// Of `size` equal parts along `dim`.
-struct AlongDim : Begun {
-  int64_t dim, size;
-  explicit AlongDim(const Attributes &a) : Begun(a), dim(a.integer("dim")), size(a.integer("size")) {}
-
-  Shape resized(const Tensor &x, bool smaller) const {
-    require(dim >= 0 && dim < x.rank, "dim ", dim, " of a tensor of rank ", x.rank);
-    Shape shape = x.shape();
-    if (shape[dim] < 0) return shape;
-    require(!smaller || shape[dim] % size == 0, "dimension ", dim, " of ", shape[dim], " over ", size, " ranks");
-    shape[dim] = smaller ? shape[dim] / size : shape[dim] * size;
-    return shape;
-  }
-  int64_t outer(const Tensor &x) const {
-    int64_t product = 1;
-    for (int i = 0; i < dim; ++i) product *= x.dim(i);
-    return product;
-  }
-  int64_t inner(const Tensor &x) const {
-    int64_t product = 1;
-    for (int i = static_cast<int>(dim); i < x.rank; ++i) product *= x.dim(i);
-    return product;
-  }
+struct AlongDim : Begun, PartsAlong {
+  explicit AlongDim(const Attributes &a) : Begun(a), PartsAlong(a) {}
 };
 
 struct AllGatherStartOp : AlongDim {
@@ -86,12 +57,13 @@ struct AllGatherStartOp : AlongDim {
   static constexpr int kTensors = 1;
   using AlongDim::AlongDim;
   Shape infer(const Inputs &in) const {
-    resized(in[0], false);
+    gathered(in[0]);
     return {1};
   }
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
-    write_round(begin_all_gather(joined(size), wire, in[0].as<float>(), outer(in[0]), inner(in[0])), out);
+    const Sides whole = sides(in[0]);
+    write_round(begin_all_gather(joined(size), wire, in[0].as<float>(), whole.outer, whole.inner), out);
   }
 };
 
@@ -100,10 +72,11 @@ struct AllGatherWaitOp : AlongDim {
   static constexpr int kTensors = 2;
   enum { kBegun, kX };
   using AlongDim::AlongDim;
-  Shape infer(const Inputs &in) const { return resized(in[kX], false); }
+  Shape infer(const Inputs &in) const { return gathered(in[kX]); }
   void run(const Inputs &in, void *out) const {
     const Tensor &x = in[kX];
-    end_all_gather(joined(size), round_of(in[kBegun]), wire, x.as<float>(), outer(x), inner(x),
+    const Sides whole = sides(x);
+    end_all_gather(joined(size), round_of(in[kBegun]), wire, x.as<float>(), whole.outer, whole.inner,
                    static_cast<float *>(out));
   }
 };
@@ -113,12 +86,13 @@ struct ReduceScatterStartOp : AlongDim {
   static constexpr int kTensors = 1;
   using AlongDim::AlongDim;
   Shape infer(const Inputs &in) const {
-    resized(in[0], true);
+    scattered(in[0]);
     return {1};
   }
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
-    write_round(begin_reduce_scatter(joined(size), wire, in[0].as<float>(), outer(in[0]), inner(in[0]) / size), out);
+    const Sides whole = sides(in[0]);
+    write_round(begin_reduce_scatter(joined(size), wire, in[0].as<float>(), whole.outer, whole.inner / size), out);
   }
 };
 
@@ -127,10 +101,11 @@ struct ReduceScatterWaitOp : AlongDim {
   static constexpr int kTensors = 2;
   enum { kBegun, kX };
   using AlongDim::AlongDim;
-  Shape infer(const Inputs &in) const { return resized(in[kX], true); }
+  Shape infer(const Inputs &in) const { return scattered(in[kX]); }
   void run(const Inputs &in, void *out) const {
     const Tensor &x = in[kX];
-    end_reduce_scatter(joined(size), round_of(in[kBegun]), wire, x.as<float>(), outer(x), inner(x) / size,
+    const Sides whole = sides(x);
+    end_reduce_scatter(joined(size), round_of(in[kBegun]), wire, x.as<float>(), whole.outer, whole.inner / size,
                        static_cast<float *>(out));
   }
 };

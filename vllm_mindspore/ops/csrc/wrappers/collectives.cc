@@ -1,24 +1,13 @@
-#include "../collectives.h"
-
-#include "../aot.h"
+#include "named_group.h"
 
 namespace vllm_ms {
 namespace aot {
 namespace {
 
-// Shared by the three: x float32, and the group by its name. It is looked up at every call: a graph may be made before
-// its process joins.
-struct Collective {
-  std::string name;
-  explicit Collective(const Attributes &a) : name(a.text("group")) {}
-
-  Group &joined() const { return group(name); }
-};
-
-struct AllReduceOp : Collective {
+struct AllReduceOp : NamedGroup {
   static constexpr const char *kName = "all_reduce";
   static constexpr int kTensors = 1;
-  using Collective::Collective;
+  using NamedGroup::NamedGroup;
 
   Shape infer(const Inputs &in) const { return in[0].shape(); }
   void run(const Inputs &in, void *out) const {
@@ -27,26 +16,8 @@ struct AllReduceOp : Collective {
   }
 };
 
-// Elements of the dimensions before `dim`, and from it on.
-struct Sides {
-  int64_t outer = 1, inner = 1;
-  Sides(const Tensor &x, int64_t dim) {
-    for (int i = 0; i < x.rank; ++i) (i < dim ? outer : inner) *= x.dim(i);
-  }
-};
-
-struct Resizing : Collective {
-  int64_t dim, size;
-  explicit Resizing(const Attributes &a) : Collective(a), dim(a.integer("dim")), size(a.integer("size")) {}
-
-  void check(const Tensor &x) const {
-    require(dim >= 0 && dim < x.rank, "dim ", dim, " of a tensor of rank ", x.rank);
-  }
-  Group &joined_with_size() const {
-    Group &found = joined();
-    require(found.size() == size, "group ", name, " has ", found.size(), " ranks, the graph was made for ", size);
-    return found;
-  }
+struct Resizing : NamedGroup, PartsAlong {
+  explicit Resizing(const Attributes &a) : NamedGroup(a), PartsAlong(a) {}
 };
 
 struct AllGatherOp : Resizing {
@@ -54,16 +25,11 @@ struct AllGatherOp : Resizing {
   static constexpr int kTensors = 1;
   using Resizing::Resizing;
 
-  Shape infer(const Inputs &in) const {
-    check(in[0]);
-    Shape shape = in[0].shape();
-    if (shape[dim] >= 0) shape[dim] *= size;
-    return shape;
-  }
+  Shape infer(const Inputs &in) const { return gathered(in[0]); }
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
-    const Sides sides(in[0], dim);
-    joined_with_size().all_gather(in[0].data, sides.outer, sides.inner, DType::f32, out);
+    const Sides whole = sides(in[0]);
+    joined(size).all_gather(in[0].data, whole.outer, whole.inner, DType::f32, out);
   }
 };
 
@@ -72,17 +38,11 @@ struct ReduceScatterOp : Resizing {
   static constexpr int kTensors = 1;
   using Resizing::Resizing;
 
-  Shape infer(const Inputs &in) const {
-    check(in[0]);
-    Shape shape = in[0].shape();
-    require(shape[dim] < 0 || shape[dim] % size == 0, "dimension ", dim, " of ", shape[dim], " over ", size, " ranks");
-    if (shape[dim] >= 0) shape[dim] /= size;
-    return shape;
-  }
+  Shape infer(const Inputs &in) const { return scattered(in[0]); }
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
-    const Sides sides(in[0], dim);
-    joined_with_size().reduce_scatter(in[0].data, sides.outer, sides.inner / size, DType::f32, out);
+    const Sides whole = sides(in[0]);
+    joined(size).reduce_scatter(in[0].data, whole.outer, whole.inner / size, DType::f32, out);
   }
 };
 
