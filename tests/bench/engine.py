@@ -71,9 +71,6 @@ def main() -> None:
     engine = Engine(sys.argv[1], json.loads(sys.argv[2]))
     engine.run(1, 16, 1)
     answer(seconds=[time.perf_counter() - begin], bytes=resident_bytes())
-    for warm_up in ((1, 16, 4), (8, 128, 4), (32, 128, 4), (1, 512, 2)):
-        engine.run(*warm_up)
-    answer(seconds=[], bytes=resident_bytes())
     for line in sys.stdin:
         answer(seconds=engine.phase(*json.loads(line)), bytes=resident_bytes())
 
