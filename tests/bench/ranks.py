@@ -1,42 +1,62 @@
 """A decode step on one process and on two tensor-parallel ranks, and what collectives take of it.
 
-    python -m tests.bench.ranks SHAPE-OR-MODEL [--batch 1 8 32] [--context 128]
+    python -m tests.bench.ranks SHAPE-OR-MODEL [--batch 1 8 32] [--context 128] [--timeline FILE]
 
-One process has all CPUs, two ranks half of them each. Prints the median step of each, and of the ranks' operators the
-share of those that wait for another rank, which includes the time by which that one is late.
+One process has all CPUs, two ranks half of them each. Prints the median step of each, and which part of the time of all
+operators is spent in collectives: by each rank while it waits for one that comes later, and once all have come.
+--timeline writes when each operator of each rank ran, in the form of Chrome's traces, which ui.perfetto.dev shows too.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("VLLM_MS_BACKEND", "mindspore")
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions for the ranks
 
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from tests.bench import shapes  # noqa: E402
+from tests.bench import events, shapes  # noqa: E402
 
 STEPS = 48
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+COLUMNS = ("two ranks", "ranks / process", "rank 0 waits", "rank 1 waits", "collectives without that")
+
+Events = list[events.Event]
 
 
 def begin_measuring(worker) -> None:
-    from vllm_mindspore.ops import build
-
-    build.load().vllm_ms_measure_steps(1)
+    events.measure(True)
 
 
-def measured(worker) -> dict[str, float]:
-    """Seconds by operator since measuring began."""
-    from tests.bench.step import operators
+def measured(worker) -> Events:
+    return events.measured()
 
-    found: dict[str, float] = {}
-    for (name, _), (_, seconds) in operators().items():
-        found[name] = found.get(name, 0.0) + seconds
-    return found
+
+def shares(ranks: list[Events]) -> tuple[list[float], float]:
+    """(of each rank's time in operators the part that waits for a later rank, and of all the part after that)."""
+    whole = [sum(event.end - event.begin for event in rank) for rank in ranks]
+    waited, rest = [0] * len(ranks), 0
+    for together in zip(*([event for event in rank if event.name in COLLECTIVES] for rank in ranks), strict=True):
+        last = max(event.begin for event in together)
+        for rank, event in enumerate(together):
+            waited[rank] += last - event.begin
+            rest += event.end - last
+    return [part / all_of_it for part, all_of_it in zip(waited, whole, strict=True)], rest / sum(whole)
+
+
+def write_timeline(file: Path, ranks: list[Events]) -> None:
+    first = min(event.begin for rank in ranks for event in rank)
+    trace = [
+        {"name": event.name, "ph": "X", "pid": 0, "tid": rank, "ts": (event.begin - first) / 1e3,
+         "dur": (event.end - event.begin) / 1e3, "args": {"columns": event.columns}}
+        for rank, found in enumerate(ranks) for event in found
+    ]  # fmt: skip
+    file.write_text(json.dumps({"traceEvents": trace}))
 
 
 def decode(llm: LLM, batch: int, context: int) -> list[float]:
@@ -63,22 +83,26 @@ def main() -> None:
     parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--timeline", type=Path, help="of the two ranks, with the last of the batches")
     options = parser.parse_args()
-    found: dict[int, list[float]] = {batch: [] for batch in options.batch}
-    shares: dict[int, float] = {}
+    steps: dict[int, list[float]] = {batch: [] for batch in options.batch}
+    found: dict[int, list[Events]] = {}
     for ranks in (1, 2):
         llm = LLM(
             str(shapes.find(options.model)), dtype="bfloat16", tensor_parallel_size=ranks, max_model_len=2048,
             max_num_seqs=64, enable_prefix_caching=False, disable_log_stats=True, distributed_executor_backend="mp",
         )  # fmt: skip
         for batch in options.batch:
-            found[batch].append(statistics.median(decode(llm, batch, options.context)))
-            spent = llm.collective_rpc(measured)[0]
-            shares[batch] = sum(spent.get(name, 0.0) for name in COLLECTIVES) / sum(spent.values())
+            steps[batch].append(statistics.median(decode(llm, batch, options.context)))
+            found[batch] = llm.collective_rpc(measured)
         llm.llm_engine.engine_core.shutdown()
-    print("| batch | one process | two ranks | ranks / process | collectives' share |", "|---" * 5 + "|", sep="\n")
-    for batch, (one, two) in found.items():
-        print(f"| {batch} | {one * 1e3:.1f} ms | {two * 1e3:.1f} ms | {two / one:.2f} | {shares[batch]:.1%} |")
+    print(f"| batch | one process | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|", sep="\n")
+    for batch, (one, two) in steps.items():
+        (first, second), rest = shares(found[batch])
+        print(f"| {batch} | {one * 1e3:.1f} ms | {two * 1e3:.1f} ms | {two / one:.2f} | ", end="")
+        print(f"{first:.1%} | {second:.1%} | {rest:.1%} |")
+    if options.timeline:
+        write_timeline(options.timeline, found[batch])
 
 
 if __name__ == "__main__":

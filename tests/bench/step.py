@@ -6,7 +6,6 @@ the graph every operator with the columns of its result.
 
 import argparse
 import collections
-import ctypes
 import os
 import random
 import time
@@ -16,8 +15,7 @@ os.environ.setdefault("VLLM_MS_BACKEND", "mindspore")
 
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from tests.bench import shapes  # noqa: E402
-from vllm_mindspore.ops import build  # noqa: E402
+from tests.bench import events, shapes  # noqa: E402
 
 
 class Stopwatch:
@@ -41,10 +39,10 @@ class Stopwatch:
 
 def operators() -> dict[tuple[str, int], tuple[int, float]]:
     """{(operator, columns of its result): (calls, seconds)} since measuring began."""
-    text = ctypes.create_string_buffer(1 << 16)
-    build.load().vllm_ms_step_times(text, len(text))
-    rows = [line.split() for line in text.value.decode().splitlines()]
-    return {(name, int(columns)): (int(calls), int(spent) / 1e9) for name, columns, calls, spent in rows}
+    found = collections.defaultdict(list)
+    for event in events.measured():
+        found[event.name, event.columns].append(event.seconds)
+    return {key: (len(seconds), sum(seconds)) for key, seconds in found.items()}
 
 
 class Engine:
@@ -86,13 +84,13 @@ class Engine:
         for _ in range(3):
             self.engine.step()
         self.watch.seconds.clear()
-        build.load().vllm_ms_measure_steps(1)
+        events.measure(True)
         seconds = []
         for _ in range(count):
             begin = time.perf_counter()
             self.engine.step()
             seconds.append(time.perf_counter() - begin)
-        build.load().vllm_ms_measure_steps(0)
+        events.measure(False)
         self.parts, self.operators = dict(self.watch.seconds), operators()
         while self.engine.has_unfinished_requests():
             self.engine.step()

@@ -158,6 +158,7 @@ def test_a_model_whose_head_is_its_embedding_module():
     assert "vllm_ms.linear.default" in graphs["logits"]["operators"]
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_other_bits_are_another_entry(tmp_path):
     probe = Path(__file__).with_name("start_probe.py")
 

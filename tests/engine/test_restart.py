@@ -63,7 +63,14 @@ def test_the_second_start_with_a_draft_captures_and_compiles_nothing(cache_direc
     assert plain["tokens"] == first["tokens"] == second["tokens"]
 
 
-@pytest.mark.parametrize("name", ["model.py", "compile_cache_0.mindir", "graphs.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("model.py", marks=pytest.mark.slow),
+        pytest.param("compile_cache_0.mindir", marks=pytest.mark.slow),
+        "graphs.json",
+    ],
+)
 def test_a_damaged_entry_is_built_again_and_serves_the_same_tokens(cache_directory, first, name):
     entry = Path(first["sources"][0]).parent
     (damaged,) = entry.rglob(name)

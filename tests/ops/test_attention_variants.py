@@ -23,6 +23,7 @@ def subprocess_with(arguments, **environment):
     return result.stdout
 
 
+@pytest.mark.slow  # tests/ops/native tests the kernels of all instruction sets
 @pytest.mark.parametrize("isa", lower_instruction_sets())
 def test_lower_instruction_sets(isa):
     files = [str(ROOT / "tests" / "ops" / name) for name in TESTS]

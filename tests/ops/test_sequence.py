@@ -1,12 +1,10 @@
 """Several operators as one: the same bits as one after the other, in both of MindSpore's modes, and clear errors."""
 
-import ctypes
-
 import mindspore as ms
 import numpy as np
 import pytest
 
-from vllm_mindspore.ops import build as library_build
+from tests.bench import events
 from vllm_mindspore.ops.cpu import Recorder, sequence
 from vllm_mindspore.ops.registry import build
 
@@ -148,14 +146,14 @@ def test_a_recorder_checks_its_calls():
 def test_operators_are_timed_when_asked():
     x, w = tensor(np.ones((2, 5), np.float32)), tensor(np.ones((3, 5), np.float32))
     step = sequence("x w", f"y = linear x w - - - - {PLAIN}\nz = activation y activation=relu")
-    library, text = library_build.load(), ctypes.create_string_buffer(1 << 12)
     step(x, w).asnumpy()
-    library.vllm_ms_measure_steps(1)
+    events.measure(True)
     for _ in range(3):
         step(x, w).asnumpy()
-    library.vllm_ms_measure_steps(0)
+    events.measure(False)
     step(x, w).asnumpy()
-    library.vllm_ms_step_times(text, len(text))
-    found = {tuple(line.split()[:3]): int(line.split()[3]) for line in text.value.decode().splitlines()}
-    assert found.keys() == {("activation", "3", "3"), ("linear", "3", "3")}, "three calls, of the measured time only"
-    assert all(nanoseconds > 0 for nanoseconds in found.values())
+    found = events.measured()
+    names = [(event.name, event.columns) for event in found]
+    assert names == [("linear", 3), ("activation", 3)] * 3, "in order, of the measured time only"
+    times = [time for event in found for time in (event.begin, event.end)]
+    assert times == sorted(times) and all(event.seconds > 0 for event in found)

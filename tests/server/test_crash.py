@@ -35,6 +35,7 @@ def test_killed_engine_core_ends_the_server(start):
     assert server.process.returncode not in (0, None)
 
 
+@pytest.mark.slow  # tests/distributed kills one of two
 def test_killed_worker_ends_the_server(start):
     server = start("--distributed-executor-backend", "mp")
     worker = server.process_named("Worker")

@@ -73,10 +73,12 @@ VLLM_MS_EXPORT void vllm_ms_sample_rows(const float *logits, int64_t rows, int64
   vllm_ms::sample_rows({{logits, rows, vocab, stride}, top_k, top_p, uniform, out});
 }
 
-// See step_times.h: begin (1) or stop (0) to measure, and read what was measured.
+// See step_times.h: begin (1) or stop (0) to measure, and read what was measured; returns how many events there are.
 VLLM_MS_EXPORT void vllm_ms_measure_steps(int on) { vllm_ms::measure_steps(on != 0); }
-VLLM_MS_EXPORT void vllm_ms_step_times(char *text, int size) {
-  std::snprintf(text, size, "%s", vllm_ms::step_times().c_str());
+VLLM_MS_EXPORT int64_t vllm_ms_step_events(vllm_ms::StepEvent *out, int64_t size) {
+  const std::vector<vllm_ms::StepEvent> found = vllm_ms::step_events();
+  std::copy_n(found.begin(), std::min<size_t>(size, found.size()), out);
+  return found.size();
 }
 
 // See parallel.h.

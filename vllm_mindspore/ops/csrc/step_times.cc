@@ -1,55 +1,44 @@
 #include "step_times.h"
 
 #include <atomic>
-#include <chrono>
-#include <map>
 #include <mutex>
-#include <sstream>
-#include <utility>
+#include <set>
+
+#include "waiting.h"
 
 namespace vllm_ms {
 namespace {
 
-struct Spent {
-  int64_t calls = 0, nanoseconds = 0;
-};
-
 std::atomic<bool> measuring{false};
-std::mutex mutex;  // guards `times`
-std::map<std::pair<std::string, int64_t>, Spent> times;
+std::mutex mutex;  // guards what follows
+std::vector<StepEvent> events;
 
-int64_t now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+const char *lasting(const std::string &name) {
+  static auto *names = new std::set<std::string>;
+  return names->insert(name).first->c_str();
 }
 
 }  // namespace
 
 void measure_steps(bool on) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (on) times.clear();
+  if (on) events.clear();
   measuring.store(on, std::memory_order_relaxed);
 }
 
-std::string step_times() {
+std::vector<StepEvent> step_events() {
   const std::lock_guard<std::mutex> lock(mutex);
-  std::ostringstream text;
-  for (const auto &[key, spent] : times) {
-    text << key.first << ' ' << key.second << ' ' << spent.calls << ' ' << spent.nanoseconds << '\n';
-  }
-  return text.str();
+  return events;
 }
 
 StepTimer::StepTimer(const std::string &name, int64_t columns)
-    : name_(name), columns_(columns), begin_(measuring.load(std::memory_order_relaxed) ? now() : 0) {}
+    : name_(name), columns_(columns), begin_(measuring.load(std::memory_order_relaxed) ? monotonic_nanoseconds() : 0) {}
 
 StepTimer::~StepTimer() {
   if (begin_ == 0) return;
-  const int64_t taken = now() - begin_;
+  const int64_t end = monotonic_nanoseconds();
   const std::lock_guard<std::mutex> lock(mutex);
-  Spent &spent = times[{name_, columns_}];
-  ++spent.calls;
-  spent.nanoseconds += taken;
+  if (events.size() < kMostStepEvents) events.push_back({lasting(name_), columns_, begin_, end});
 }
 
 }  // namespace vllm_ms
