@@ -29,6 +29,11 @@ COLUMNS = ("two ranks", "ranks / process", "rank 0 waits", "rank 1 waits", "coll
 Events = list[events.Event]
 
 
+def finish_start(worker) -> None:
+    """Until all memory is resident: a thread that sees to it would take CPU from the first steps."""
+    worker.model_runner.population.wait()
+
+
 def begin_measuring(worker) -> None:
     events.measure(True)
 
@@ -92,6 +97,7 @@ def main() -> None:
             str(shapes.find(options.model)), dtype="bfloat16", tensor_parallel_size=ranks, max_model_len=2048,
             max_num_seqs=64, enable_prefix_caching=False, disable_log_stats=True, distributed_executor_backend="mp",
         )  # fmt: skip
+        llm.collective_rpc(finish_start)
         for batch in options.batch:
             steps[batch].append(statistics.median(decode(llm, batch, options.context)))
             found[batch] = llm.collective_rpc(measured)

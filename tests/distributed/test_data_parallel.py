@@ -5,8 +5,8 @@ import pytest
 from tests.distributed.layouts import served_greedy, server
 from tests.models.reference import MAX_TOKENS, PROMPTS, reference
 
-EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
-SHORT = {TENSORS: "TP 2", EXPERTS: "EP"}
+EXPERTS, TENSORS, STAGES = "--enable-expert-parallel", "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
+SHORT = {STAGES: "PP 2", TENSORS: "TP 2", EXPERTS: "EP"}
 # `make test-slow` runs all.
 FIRST = [("parallel-qwen3-moe", 2, EXPERTS)]
 LAYOUTS = [
@@ -15,11 +15,15 @@ LAYOUTS = [
     ("parallel-qwen3-moe", 4, EXPERTS),
     ("parallel-qwen3-moe", 2, EXPERTS, TENSORS),
     ("parallel-qwen3-moe", 2, TENSORS),
+    ("parallel-qwen3-moe", 2, EXPERTS, STAGES),
     ("parallel-deepseek-v3", 2, EXPERTS),
     ("parallel-deepseek-v3", 2, EXPERTS, TENSORS),
     ("parallel-deepseek-v32", 2, EXPERTS),
     ("parallel-gpt-oss", 2),
     ("parallel-pangu-pro-moe", 2, EXPERTS),
+    ("parallel-minimax-m2", 2, EXPERTS),
+    ("parallel-deepseek-v3", 4, EXPERTS),
+    ("parallel-deepseek-v3", 2, EXPERTS, STAGES),
     ("parallel-qwen3", 2),
 ]
 

@@ -6,7 +6,8 @@ from tests.distributed.layouts import engine
 from tests.models.engine import greedy
 from tests.models.reference import MAX_TOKENS, PROMPTS, reference
 
-# (family, stages, tensor-parallel ranks of a stage); `make test-slow` runs all.
+# (family, stages, tensor-parallel ranks of a stage, options); `make test-slow` runs all.
+EXPERTS = "enable_expert_parallel"
 FIRST = [("parallel-qwen3", 2, 1)]
 LAYOUTS = [
     *FIRST,
@@ -14,19 +15,27 @@ LAYOUTS = [
     ("parallel-qwen3-moe", 2, 1),
     ("parallel-deepseek-v3", 2, 1),
     ("parallel-deepseek-v32", 3, 1),
+    ("parallel-pangu-pro-moe", 2, 1),
+    ("parallel-minimax-m2", 2, 1),
     ("parallel-gpt-oss", 4, 1),
     ("parallel-gpt-oss", 2, 2),
     ("parallel-llama", 2, 2),
+    ("parallel-qwen3-moe", 2, 2, EXPERTS),
+    ("parallel-deepseek-v3", 2, 2, EXPERTS),
+    ("parallel-pangu-pro-moe", 2, 2, EXPERTS),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "ranks"),
-    [layout if layout in FIRST else pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS],
+    "stages",
+    [stages if stages in FIRST else pytest.param(stages, marks=pytest.mark.slow) for stages in LAYOUTS],
+    ids=lambda stages: " ".join(map(str, stages)),
 )
-def test_float32_tokens_equal_the_reference(name, stages, ranks, layout):
-    layout(name, f"PP {stages}" + (f", TP {ranks}" if ranks > 1 else ""))
-    with engine(name, pipeline_parallel_size=stages, tensor_parallel_size=ranks) as llm:
+def test_float32_tokens_equal_the_reference(stages, layout):
+    name, stages, ranks, *options = stages
+    layout(name, f"PP {stages}" + f", TP {ranks}" * (ranks > 1) + ", EP" * (EXPERTS in options))
+    sizes = dict(pipeline_parallel_size=stages, tensor_parallel_size=ranks)
+    with engine(name, **sizes, **dict.fromkeys(options, True)) as llm:
         assert greedy(llm, PROMPTS, MAX_TOKENS) == reference(name).generate(PROMPTS)
         counts = llm.collective_rpc("graph_statistics")
     assert len(counts) == stages * ranks

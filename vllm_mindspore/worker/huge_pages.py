@@ -46,13 +46,12 @@ class ReservedZeros(TorchFunctionMode):
 class Population:
     """Makes tensors' memory resident on a thread of its own, with what they hold left as it is.
 
-    The system takes seconds for some GiB, which idle CPUs spend: the thread gives way to others. Where it cannot do
-    this (Linux before 5.14) they stay as they are.
+    The system takes seconds for some GiB, which idle CPUs spend: the thread runs where no other wants to. Where it
+    cannot do this (Linux before 5.14) they stay as they are.
     """
 
     POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h
     AT_ONCE = 2 << 20  # bytes; no thread can map memory meanwhile
-    NICENESS = 10
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         self._tensors = list(tensors)  # their memory must not go before the thread does
@@ -61,7 +60,7 @@ class Population:
         self._thread.start()
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self.NICENESS)  # on Linux, of this thread only
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))  # this thread's alone
         for begin, end in sorted(_ranges(self._tensors, outward=False)):
             for at in range(begin, end, self.AT_ONCE):
                 if self._stopped.is_set() or not _advise(at, min(at + self.AT_ONCE, end), self.POPULATE_WRITE):
