@@ -147,19 +147,20 @@ def test_a_norm_with_another_use_stays(function):
 HEADS, KV_HEADS, HEAD = 4, 2, 8
 
 
-def attention(qkv, positions, cos_sin, g, cache, slots, table, start, lens, *, norm=True, rotate_key=True, split=None):
+def attention(qkv, positions, cos_sin, g, cache, slots, table, start, lens, sink_kv=None, *, norm=("q", "k"),
+              rotate_key=True, split=None, key_eps=1e-6):  # fmt: skip
     """The attention of a decoder layer as vLLM's models write it."""
     q, k, v = qkv.split(split or [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], -1)
-    if norm:
+    if "q" in norm:
         q = own.rms_norm(q.view(-1, HEADS, HEAD), g, 1e-6, 0.0).view(-1, HEADS * HEAD)
-        k = own.rms_norm(k.view(-1, KV_HEADS, HEAD), g, 1e-6, 0.0).view(-1, KV_HEADS * HEAD)
+    if "k" in norm:
+        k = own.rms_norm(k.view(-1, KV_HEADS, HEAD), g, key_eps, 0.0).view(-1, KV_HEADS * HEAD)
     q = own.rotary(positions, q, cos_sin, HEAD, HEAD, True)
     if rotate_key:
         k = own.rotary(positions, k, cos_sin, HEAD, HEAD, True)
     own.kv_write(cache, k.view(-1, KV_HEADS, HEAD), v.view(-1, KV_HEADS, HEAD), slots)
-    return own.paged_attention(
-        q.view(-1, HEADS, HEAD), cache, table, start, lens, None, None, None, HEADS, KV_HEADS, HEAD, 0.3, 16, 5, 2.0
-    )
+    sizes = (HEADS, KV_HEADS, HEAD, 0.3, 16, 5 if sink_kv is None else 0, 2.0)
+    return own.paged_attention(q.view(-1, HEADS, HEAD), cache, table, start, lens, None, None, sink_kv, *sizes)
 
 
 ATTENTION_SHAPES = dict(
@@ -168,7 +169,7 @@ ATTENTION_SHAPES = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("norm", ["qk", "q", "k", ""])
 def test_rotary_kv_write_and_attention_become_one_operator(norm):
     function = lambda *tensors: attention(*tensors, norm=norm)  # noqa: E731
     matches, left, graph = run(fuse_attention, function, **ATTENTION_SHAPES)
@@ -177,13 +178,21 @@ def test_rotary_kv_write_and_attention_become_one_operator(norm):
     values = arguments(calls(graph, "qkv_attention")[0])
     expected = dict(norm="head" if norm else "", rotary_dim=HEAD, neox=True, sliding_window=5, soft_cap=2.0, scale=0.3)
     assert {name: values[name] for name in expected} == expected
-    assert (values["q_norm"] is not None) == norm
+    assert [name for name in ("q_norm", "k_norm") if values[name] is not None] == [f"{part}_norm" for part in norm]
+    assert values["norm_eps"] == (1e-6 if norm else 0.0)
+
+
+def test_learned_keys_and_values_are_read_by_the_one_operator():
+    shapes = {**ATTENTION_SHAPES, "sink_kv": (3, KV_HEADS, 2 * HEAD)}
+    matches, left, graph = run(fuse_attention, attention, **shapes)
+    assert (matches, left) == (1, {"vllm_ms.qkv_attention.default": 1})
+    assert arguments(calls(graph, "qkv_attention")[0])["sink_kv"].op == "placeholder"
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"rotate_key": False}, {"split": [16, 16, 32]}],
-    ids=["key not rotated", "not q, k, v"],
+    [{"rotate_key": False}, {"key_eps": 1e-5}, {"split": [16, 16, 32]}],
+    ids=["key not rotated", "norms with different eps", "not q, k, v"],
 )
 def test_attention_of_another_form_stays_as_it_is(options):
     if "split" in options:

@@ -46,8 +46,7 @@ EXPECTED = {
     **dict.fromkeys(["deepseek-r1", "kimi-k2", "glm4-moe-lite", "deepseek-v32", "glm-moe-dsa"], (0, 3, 6, 9)),
     "axk1": (0, 3, 4, 9),  # a norm stands between experts and their residual
     "pangu-ultra-moe": (0, 3, 0, 9),
-    # its keys are normalized and its queries are not
-    "pangu-pro-moe-v2": (0, 3, 0, 6),
+    "pangu-pro-moe-v2": (3, 3, 0, 6),
     **dict.fromkeys(["glm46-moe", "ling2", "hy-v3"], (3, 3, 6, 6)),
     "minimax-m2": (3, 0, 3, 6),
     "exaone-moe": (4, 4, 8, 8),

@@ -118,23 +118,23 @@ def test_what_paged_attention_cannot_express_is_named(present, change):
     name = present[0] if present else next(iter(change))
     with pytest.raises(UnsupportedOperator, match=name):
         registry.build("paged_attention", "ascend", present, **{**ATTENTION, **change})
-    if name == "sink_kv":
-        return  # qkv_attention has none
     with pytest.raises(UnsupportedOperator, match=name):
         registry.build("qkv_attention", "ascend", present, **{**QKV, **change})
 
 
-@pytest.mark.parametrize("norm", ["", "head", "full"])
+@pytest.mark.parametrize(
+    ("norm", "normed"),
+    [("", ()), ("head", ("q_norm", "k_norm")), ("full", ("q_norm", "k_norm")), ("head", ("k_norm",))],
+)
 @pytest.mark.parametrize("rotated", [False, True])
-def test_qkv_attention(norm, rotated):
-    present = (("cos_sin",) if rotated else ()) + (("q_norm", "k_norm") if norm else ())
+def test_qkv_attention(norm, normed, rotated):
+    present = (("cos_sin",) if rotated else ()) + normed
     op = registry.build("qkv_attention", "ascend", present, **{**QKV, "norm": norm, "norm_offset": 1.0})
     inputs = [zeros(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_SIZE), slots()]
     if rotated:
         inputs.append(zeros(50, HEAD_SIZE))
-    if norm:
-        heads = {"head": (1, 1), "full": (HEADS, KV_HEADS)}[norm]
-        inputs += [zeros(n * HEAD_SIZE, dtype=ms.bfloat16) for n in heads]
+    heads = {"q_norm": HEADS, "k_norm": KV_HEADS}
+    inputs += [zeros((heads[name] if norm == "full" else 1) * HEAD_SIZE, dtype=ms.bfloat16) for name in normed]
     graph = export(op, *inputs, zeros(*CACHES[4], dtype=ms.bfloat16), slots(), *step())
     assert {"ReshapeAndCache", "PagedAttention"} <= graph
     assert ("RotaryPositionEmbedding" in graph) == rotated

@@ -23,29 +23,39 @@ class Case:
     """One set of shapes and options, with random tensors of float32 values exact in `dtype`."""
 
     def __init__(self, heads=(4, 2), head_size=32, block_size=16, dtype="float32", norm="", offset=0.0, rotary_dim=None,
-                 neox=True, window=0, soft_cap=0.0, sinks=False, alibi=False, requests=REQUESTS):  # fmt: skip
+                 neox=True, window=0, soft_cap=0.0, sinks=False, alibi=False, requests=REQUESTS, value_size=None,
+                 normed=("q_norm", "k_norm"), num_sinks=0):  # fmt: skip
         self.num_heads, self.num_kv_heads = heads
         self.head_size, self.dtype, self.norm, self.offset, self.neox = head_size, dtype, norm, offset, neox
         self.rotary_dim = head_size // 2 * 2 if rotary_dim is None else rotary_dim
         self.rng = np.random.default_rng(head_size)
-        self.step = reference.make_step(self.rng, requests, block_size, self.num_kv_heads, head_size)
+        self.value_size = value_size or head_size
+        self.step = reference.make_step(
+            self.rng, requests, block_size, self.num_kv_heads, head_size, value_size=self.value_size
+        )
         self.cache = self.step.kv_cache.astype(NUMPY[dtype])
         self.features = {"sliding_window": window, "soft_cap": soft_cap}
+        normed = normed if norm else ()
         norm_sizes = {"head": (1, 1), "full": heads}.get(norm)
         self.optional = {
             "cos_sin": reference.make_cos_sin(700, self.rotary_dim) if self.rotary_dim else None,
-            "q_norm": self.weights(norm_sizes[0] * head_size) if norm else None,
-            "k_norm": self.weights(norm_sizes[1] * head_size) if norm else None,
+            "q_norm": self.weights(norm_sizes[0] * head_size) if "q_norm" in normed else None,
+            "k_norm": self.weights(norm_sizes[1] * head_size) if "k_norm" in normed else None,
             "sinks": self.weights(self.num_heads) if sinks else None,
             "alibi_slopes": self.weights(self.num_heads) / 4 if alibi else None,
+            "sink_kv": self.learned(num_sinks) if num_sinks else None,
         }
-        width = (self.num_heads + 2 * self.num_kv_heads) * head_size
+        width = (self.num_heads + self.num_kv_heads) * head_size + self.num_kv_heads * self.value_size
         self.qkv = self.rng.standard_normal((self.step.num_tokens, width)).astype(np.float32) * 2
         self.positions = self.step.token_positions()
         self.slots = self.step.slot_mapping()
 
     def weights(self, size):
         return np.abs(self.rng.standard_normal(size)).astype(np.float16).astype(np.float32) + 0.5
+
+    def learned(self, num_sinks):
+        rows = self.rng.standard_normal((num_sinks, *self.cache.shape[1:]))
+        return rows.astype(NUMPY[self.dtype]).astype(np.float32)
 
     def operator(self):
         present = tuple(name for name, value in self.optional.items() if value is not None)
@@ -58,23 +68,30 @@ class Case:
 
     def run(self, weights="float32"):
         """Returns the output; self.cache is written."""
-        o = {name: None if t is None else ms.Tensor(t).astype(DTYPES[weights]) for name, t in self.optional.items()}
+        types = {"sink_kv": self.dtype}  # as the cache
+        o = {
+            name: None if t is None else ms.Tensor(t).astype(DTYPES[types.get(name, weights)])
+            for name, t in self.optional.items()
+        }
         state = [ms.Tensor(np.ascontiguousarray(t)) for t in
                  (self.slots, self.step.block_table, self.step.query_start_loc, self.step.seq_lens)]  # fmt: skip
         tensors = [ms.Tensor(self.qkv), ms.Tensor(self.positions), o["cos_sin"], o["q_norm"], o["k_norm"],
-                   ms.from_numpy(self.cache), *state, o["sinks"], o["alibi_slopes"]]  # fmt: skip
+                   ms.from_numpy(self.cache), *state, o["sinks"], o["alibi_slopes"],
+                   o["sink_kv"]]  # fmt: skip
         return self.operator()(*(t for t in tensors if t is not None)).asnumpy()
 
     def heads(self):
         """q, k, v [T, heads, head_size] after norm and rotation, float64."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        sizes = (self.head_size, self.head_size, self.value_size)
         parts = np.split(self.qkv.astype(np.float64), np.cumsum(counts)[:2] * self.head_size, axis=1)
         result = []
-        for part, count, name in zip(parts, counts, ("q_norm", "k_norm", None), strict=True):
-            if name and self.norm == "full":
+        for part, count, size, name in zip(parts, counts, sizes, ("q_norm", "k_norm", None), strict=True):
+            normed = self.norm if self.optional.get(name) is not None else ""
+            if normed == "full":
                 part = reference.rms(part, self.optional[name], EPS, self.offset)
-            part = part.reshape(-1, count, self.head_size)
-            if name and self.norm == "head":
+            part = part.reshape(-1, count, size)
+            if normed == "head":
                 part = reference.rms(part, self.optional[name], EPS, self.offset)
             if name and self.optional["cos_sin"] is not None:
                 part = reference.rotate(part, self.positions, self.optional["cos_sin"], self.neox)
@@ -97,7 +114,7 @@ class Case:
         query = reference.read_query(query, self.dtype, self.head_size)
         return reference.attention(
             query, self.step, self.num_heads, self.head_size**-0.5, sinks=self.optional["sinks"],
-            alibi_slopes=self.optional["alibi_slopes"], **self.features,
+            alibi_slopes=self.optional["alibi_slopes"], sink_kv=self.optional["sink_kv"], **self.features,
         )  # fmt: skip
 
 
@@ -114,6 +131,10 @@ MODELS = {
     "full, no rotation": {"heads": (4, 4), "head_size": 64, "rotary_dim": 0, "norm": "full", "block_size": 1},
     "everything": {"heads": (10, 2), "head_size": 112, "rotary_dim": 56, "neox": False, "norm": "head", "window": 90,
                    "soft_cap": 20.0, "sinks": True, "alibi": True, "dtype": "float16", "block_size": 32},
+    "pangu pro moe v2": {"heads": (8, 2), "head_size": 192, "value_size": 128, "rotary_dim": 64, "neox": False,
+                         "norm": "head", "normed": ("k_norm",), "num_sinks": 128, "dtype": "bfloat16"},
+    "norms of one": {"heads": (6, 2), "head_size": 20, "value_size": 12, "norm": "full", "normed": ("q_norm",),
+                     "num_sinks": 13, "rotary_dim": 0, "sinks": True, "soft_cap": 20.0, "block_size": 7},
 }  # fmt: skip
 
 
@@ -121,7 +142,7 @@ MODELS = {
 def test_equal_to_float64(options):
     case = Case(**options)
     out = case.run()
-    atol = max(1e-5, reference.rounding(case.dtype, case.head_size))
+    atol = max(1e-5, reference.rounding(case.dtype, case.head_size, case.value_size))
     np.testing.assert_allclose(out, case.expect(), atol=atol, rtol=1e-5)
 
 
@@ -129,7 +150,8 @@ def test_equal_to_float64(options):
 def test_weights_in_half_precision(dtype):
     case = Case(norm="full", sinks=True, alibi=True)
     case.optional = {
-        name: ms.Tensor(t).astype(DTYPES[dtype]).astype(ms.float32).asnumpy() for name, t in case.optional.items()
+        name: None if t is None else ms.Tensor(t).astype(DTYPES[dtype]).astype(ms.float32).asnumpy()
+        for name, t in case.optional.items()
     }
     out = case.run(dtype)
     np.testing.assert_allclose(out, case.expect(), atol=1e-5)
@@ -220,8 +242,9 @@ def test_impossible_steps_are_named_and_nothing_is_written(capfd, change, messag
 @pytest.mark.parametrize(
     "present,change,message",
     [
-        ((), {"norm": "head"}, "q_norm and k_norm"),
-        (("q_norm", "k_norm"), {}, "q_norm and k_norm"),
+        ((), {"norm": "head"}, "q_norm or k_norm"),
+        (("k_norm",), {}, "q_norm or k_norm"),
+        (("alibi_slopes", "sink_kv"), {}, "a sink has no position"),
         ((), {"norm": "layer"}, "norm 'layer'"),
         (("cos_sin",), {"rotary_dim": 5}, "rotary_dim 5"),
         ((), {"num_kv_heads": 3}, "num_kv_heads 3"),
@@ -248,7 +271,7 @@ def test_in_a_torch_graph_with_a_symbolic_number_of_tokens():
         out = ops.paged_attention(query, cache, *state, None, None, None, 4, 2, 8, 1.0, 16, 0, 0.0)
         attributes = (4, 2, 8, 1.0, 16, 0, 0.0, 8, True, 1e-6, 0.0, "")
         return out + ops.qkv_attention(
-            qkv, positions, cos_sin, None, None, cache, slots, *state, None, None, *attributes
+            qkv, positions, cos_sin, None, None, cache, slots, *state, None, None, None, *attributes
         )
 
     integers = [torch.zeros(shape, dtype=torch.int32) for shape in ((2, 3), (3,), (2,))]

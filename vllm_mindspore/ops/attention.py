@@ -27,7 +27,7 @@ def _paged_attention_fake(query, kv_cache, block_table, query_start_loc, seq_len
 
 
 def _qkv_attention_fake(qkv, positions, cos_sin, q_norm, k_norm, kv_cache, slot_mapping, block_table, query_start_loc,
-                        seq_lens, sinks, alibi_slopes, num_heads, num_kv_heads, head_size, scale, block_size,
+                        seq_lens, sinks, alibi_slopes, sink_kv, num_heads, num_kv_heads, head_size, scale, block_size,
                         sliding_window, soft_cap, rotary_dim, neox, norm_eps, norm_offset, norm):  # fmt: skip
     return like_input(qkv, (qkv.shape[0], num_heads * (kv_cache.shape[2] - head_size)))
 
@@ -50,9 +50,8 @@ def _check_qkv_attention(given, head_size, rotary_dim, norm, **attributes):
         check_rotary_dim(head_size, rotary_dim)
     if norm not in _NORMS:
         raise ValueError(f"norm {norm!r}: expected one of {_NORMS}")
-    for name in ("q_norm", "k_norm"):
-        if (name in given) != (norm != ""):
-            raise ValueError(f"norm {norm!r}: q_norm and k_norm are needed with 'head' and 'full', and only then")
+    if bool({"q_norm", "k_norm"}.intersection(given)) != (norm != ""):
+        raise ValueError(f"norm {norm!r}: q_norm or k_norm is needed with 'head' and 'full', and only then")
 
 
 OPERATORS = [
@@ -87,16 +86,17 @@ OPERATORS = [
     ),
     Operator(
         # qkv [T, (num_heads + num_kv_heads) * head_size + num_kv_heads * value_size] f32 = queries, keys, values. Norms
-        # queries and keys (norm "head": RMS over each head, q_norm, k_norm [head_size]; "full": over all heads of a
-        # token, q_norm [num_heads * head_size], k_norm [num_kv_heads * head_size]; gamma = weight + norm_offset),
-        # rotates them if cos_sin is given, writes keys and values as kv_write, then attends as paged_attention.
+        # queries if q_norm is given and keys if k_norm is (norm "head": RMS over each head, q_norm, k_norm [head_size];
+        # "full": over all heads of a token, q_norm [num_heads * head_size], k_norm [num_kv_heads * head_size]; gamma =
+        # weight + norm_offset), rotates both if cos_sin is, writes keys and values as kv_write, then attends as
+        # paged_attention.
         name="qkv_attention",
         schema=Schema.parse(
             "(Tensor qkv, Tensor positions, Tensor? cos_sin, Tensor? q_norm, Tensor? k_norm, Tensor(a!) kv_cache, "
             "Tensor slot_mapping, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor? sinks, "
-            "Tensor? alibi_slopes, int num_heads, int num_kv_heads, int head_size, float scale, int block_size, "
-            "int sliding_window, float soft_cap, int rotary_dim, bool neox, float norm_eps, float norm_offset, "
-            "str norm) -> Tensor"
+            "Tensor? alibi_slopes, Tensor? sink_kv, int num_heads, int num_kv_heads, int head_size, float scale, "
+            "int block_size, int sliding_window, float soft_cap, int rotary_dim, bool neox, float norm_eps, "
+            "float norm_offset, str norm) -> Tensor"
         ),
         fake=_qkv_attention_fake,
         cpu="QkvAttention",

@@ -121,17 +121,18 @@ class QkvAttention(nn.Cell):
         self.head_size = head_size
         self.norm = norm
         self.rotated = "cos_sin" in given
+        self.query_normed, self.key_normed = "q_norm" in given, "k_norm" in given
         self.widths = (num_heads * head_size, num_kv_heads * head_size)
         self.rms = RmsNorm(("x", "weight"), norm_eps, norm_offset)
         self.rotary = Rotary((), head_size, rotary_dim, neox)
         self.write = KvWrite(())
-        attention_given = tuple(name for name in given if name in ("sinks", "alibi_slopes"))
+        attention_given = tuple(name for name in given if name in ("sinks", "alibi_slopes", "sink_kv"))
         self.attend = PagedAttention(attention_given, num_heads, num_kv_heads, head_size, **attention)
 
     def prepare(self, x, norm_weight, tensors):
-        if self.norm == "full":
+        if norm_weight is not None and self.norm == "full":
             x = self.rms(x, norm_weight)
-        if self.norm == "head":
+        if norm_weight is not None and self.norm == "head":
             heads = ops.reshape(x, (x.shape[0], -1, self.head_size))
             x = ops.reshape(self.rms(heads, norm_weight), x.shape)
         if self.rotated:
@@ -142,8 +143,10 @@ class QkvAttention(nn.Cell):
         queries, keys = self.widths
         query, key, value = ops.split(tensors[0], (queries, keys, tensors[0].shape[1] - queries - keys), 1)
         query_norm = key_norm = None
-        if self.norm != "":
-            query_norm, key_norm = tensors[self.position["q_norm"]], tensors[self.position["k_norm"]]
+        if self.query_normed:
+            query_norm = tensors[self.position["q_norm"]]
+        if self.key_normed:
+            key_norm = tensors[self.position["k_norm"]]
         query = self.prepare(query, query_norm, tensors)
         key = self.prepare(key, key_norm, tensors)
         cache = tensors[self.position["kv_cache"]]

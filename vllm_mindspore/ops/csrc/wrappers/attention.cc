@@ -32,7 +32,7 @@ struct AttentionAttributes {
 struct StepTensors {
   const Tensor &cache;
   RequestTensors requests;
-  const Tensor &sinks, &alibi_slopes;
+  const Tensor &sinks, &alibi_slopes, &sink_kv;
 
   void infer(const AttentionAttributes &a) const {
     require_rank(cache, 3, "kv_cache");
@@ -42,6 +42,11 @@ struct StepTensors {
     requests.infer();
     require_vector(sinks, a.num_heads, "sinks");
     require_vector(alibi_slopes, a.num_heads, "alibi_slopes");
+    if (sink_kv.given) {
+      require(!alibi_slopes.given && a.sliding_window == 0, "sink_kv with alibi_slopes or a sliding window");
+      require_rank(sink_kv, 3, "sink_kv");
+      for (int i : {1, 2}) require_equal(sink_kv.dim(i), cache.dim(i), "sink_kv and kv_cache: heads, width");
+    }
   }
 
   int64_t value_size(const AttentionAttributes &a) const { return cache.dim(2) - a.head_size; }
@@ -55,6 +60,11 @@ struct StepTensors {
     requests.fill(in);
     in.sinks = sinks.weight();
     in.alibi_slopes = alibi_slopes.weight();
+    if (sink_kv.given) {
+      require(sink_kv.dtype == cache.dtype, "sink_kv: must have the type of kv_cache");
+      in.sink_kv = sink_kv.data;
+      in.num_sinks = sink_kv.dim(0);
+    }
     in.num_heads = a.num_heads;
     in.block_size = a.block_size;
     in.sliding_window = a.sliding_window;
@@ -73,7 +83,7 @@ struct PagedAttentionOp {
   explicit PagedAttentionOp(const Attributes &a) : attributes(a) {}
 
   static StepTensors step(const Inputs &in) {
-    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi]};
+    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi], in[kSinkKv]};
   }
 
   Shape infer(const Inputs &in) const {
@@ -86,11 +96,6 @@ struct PagedAttentionOp {
       require_equal(query.dim(2), attributes.head_size, "query: last dimension and head_size");
     }
     step(in).infer(attributes);
-    if (in[kSinkKv].given) {
-      require(!in[kAlibi].given && attributes.sliding_window == 0, "sink_kv with alibi_slopes or a sliding window");
-      require_rank(in[kSinkKv], 3, "sink_kv");
-      for (int i : {1, 2}) require_equal(in[kSinkKv].dim(i), in[kCache].dim(i), "sink_kv and kv_cache: heads, width");
-    }
     return {query.dim(0), attributes.num_heads * step(in).value_size(attributes)};
   }
 
@@ -101,11 +106,6 @@ struct PagedAttentionOp {
     inputs.query_stride = attributes.num_heads * attributes.head_size;
     inputs.num_tokens = in[kQuery].dim(0);
     inputs.out = static_cast<float *>(out);
-    if (in[kSinkKv].given) {
-      require(in[kSinkKv].dtype == inputs.cache.dtype, "sink_kv: must have the type of kv_cache");
-      inputs.sink_kv = in[kSinkKv].data;
-      inputs.num_sinks = in[kSinkKv].dim(0);
-    }
     check_attention(inputs);
     attention(inputs);
   }
@@ -113,9 +113,10 @@ struct PagedAttentionOp {
 
 struct QkvAttentionOp {
   static constexpr const char *kName = "qkv_attention";
-  static constexpr int kTensors = 12;
+  static constexpr int kTensors = 13;
   enum {
-    kQkv, kPositions, kCosSin, kQNorm, kKNorm, kCache, kSlots, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi
+    kQkv, kPositions, kCosSin, kQNorm, kKNorm, kCache, kSlots, kBlockTable, kQueryStartLoc, kSeqLens, kSinks, kAlibi,
+    kSinkKv
   };
   AttentionAttributes attributes;
   int64_t rotary_dim;
@@ -139,7 +140,7 @@ struct QkvAttentionOp {
   }
 
   static StepTensors step(const Inputs &in) {
-    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi]};
+    return {in[kCache], {in[kBlockTable], in[kQueryStartLoc], in[kSeqLens]}, in[kSinks], in[kAlibi], in[kSinkKv]};
   }
 
   int64_t query_width() const { return attributes.num_heads * attributes.head_size; }
@@ -158,9 +159,8 @@ struct QkvAttentionOp {
       require_rank(in[kCosSin], 2, "cos_sin");
       require_equal(in[kCosSin].dim(1), rotary_dim, "cos_sin: width and rotary_dim");
     }
-    for (int i : {kQNorm, kKNorm}) {
-      require(in[i].given == (norm != HeadNorm::none), "q_norm and k_norm are needed with norm, and only then");
-    }
+    require((in[kQNorm].given || in[kKNorm].given) == (norm != HeadNorm::none),
+            "q_norm or k_norm is needed with norm, and only then");
     const bool full = norm == HeadNorm::full;
     require_vector(in[kQNorm], full ? query_width() : attributes.head_size, "q_norm");
     require_vector(in[kKNorm], full ? key_width() : attributes.head_size, "k_norm");
@@ -173,7 +173,7 @@ struct QkvAttentionOp {
   HeadTransform transform(const Inputs &in, const Tensor &weight, const float *inverse_rms) const {
     HeadTransform t;
     t.head_size = attributes.head_size;
-    t.norm = norm;
+    t.norm = weight.given ? norm : HeadNorm::none;
     t.norm_weight = weight.weight();
     t.norm_eps = norm_eps;
     t.norm_offset = norm_offset;
@@ -201,19 +201,21 @@ struct QkvAttentionOp {
 
     const Scratch scales(norm == HeadNorm::full ? 2 * tokens * sizeof(float) : 0);
     float *query_scales = scales.as<float>(), *key_scales = query_scales + tokens;
-    if (norm == HeadNorm::full) {
+    if (norm == HeadNorm::full && in[kQNorm].given) {
       inverse_rms({qkv, stride, query_width(), norm_eps, query_scales, 0, tokens});
+    }
+    if (norm == HeadNorm::full && in[kKNorm].given) {
       inverse_rms({qkv + query_width(), stride, key_width(), norm_eps, key_scales, 0, tokens});
     }
-    const bool plain = norm == HeadNorm::none && !in[kCosSin].given;
+    const bool rotated = in[kCosSin].given;
     const HeadTransform key = transform(in, in[kKNorm], key_scales);
     const HeadTransform query = transform(in, in[kQNorm], query_scales);
     const float *keys = qkv + query_width(), *values = keys + key_width();
-    kv_write({inputs.cache, keys, stride, values, stride, in[kSlots].as<int64_t>(), plain ? nullptr : &key, nullptr, 0,
-              tokens});
+    kv_write({inputs.cache, keys, stride, values, stride, in[kSlots].as<int64_t>(),
+              rotated || in[kKNorm].given ? &key : nullptr, nullptr, 0, tokens});
     inputs.query = qkv;
     inputs.query_stride = stride;
-    inputs.query_transform = plain ? nullptr : &query;
+    inputs.query_transform = rotated || in[kQNorm].given ? &query : nullptr;
     inputs.out = static_cast<float *>(out);
     attention(inputs);
   }
