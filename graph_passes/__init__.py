@@ -7,6 +7,7 @@
 from vllm_mindspore.graph_passes import (
     drop_batch,
     drop_noops,
+    drop_views,
     fuse_activation,
     fuse_attention,
     fuse_bias,
@@ -21,6 +22,7 @@ from vllm_mindspore.graph_passes import (
     select_rows,
     take_columns,
     take_concat,
+    take_scalars,
 )
 from vllm_mindspore.graph_passes.manager import GraphPass, PassManager, PassReport
 
@@ -38,8 +40,10 @@ PASSES: list[GraphPass] = [
     GraphPass("fuse_moe", fuse_moe.run),
     GraphPass("fuse_residual", fuse_residual.run),
     GraphPass("fuse_norm", fuse_norm.run),
-    GraphPass("select_rows", select_rows.run),
     GraphPass("take_columns", take_columns.run),
+    GraphPass("take_scalars", take_scalars.run),
+    GraphPass("select_rows", select_rows.run),
+    GraphPass("drop_views", drop_views.run),
     GraphPass("take_concat", take_concat.run),
 ]
 

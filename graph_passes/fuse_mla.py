@@ -6,9 +6,6 @@ kv_c, k_pe = split(kv_a, [kv_lora_rank, rope])          kv_a: a projection, or a
 kv_c, k_pe = rms_norm(kv_c), rotary(positions, k_pe)   optional
 mla_kv_write(kv_cache, kv_c, k_pe, slot_mapping)
 mla_attention(q, kv_b, kv_cache, …)      →   mla_qkv_attention(q_proj, kv_a, positions, …, kv_column=…)
-
-The other parts of the projection that kv_a is a part of (the latent of the queries) become `columns` of it, so that
-the layer stays a run of operators of ours.
 """
 
 import operator as python_operator
@@ -23,7 +20,6 @@ from vllm_mindspore.graph_passes.nodes import (
     SPLITS,
     arguments,
     calls,
-    create,
     is_call,
     operator,
     replace,
@@ -77,8 +73,6 @@ def _fuse(graph: Graph, attention: Node) -> bool:
     }
     replace(graph, attention, "mla_qkv_attention", fused)
     graph.erase_node(writes[0])
-    graph.eliminate_dead_code()
-    _take_columns(graph, latent.source)
     return True
 
 
@@ -148,16 +142,3 @@ def _sizes_fit(values: dict[str, object], latent: _Columns, key: _Columns, rotar
     rope = values["rope_dim"]
     whole = rotary is None or rotary["head_size"] == rotary["rotary_dim"] == rope
     return whole and (latent.end - latent.begin, key.end - key.begin) == (values["kv_lora_rank"], rope)
-
-
-def _take_columns(graph: Graph, source: Node) -> None:
-    """Parts of `source` that are still read become `columns` of it."""
-    for split in [user for user in source.users if _splits_columns(user)]:
-        for part in list(split.users):
-            columns = _columns(part)
-            with graph.inserting_before(part):
-                values = {"x": source, "begin": columns.begin, "end": columns.end}
-                new = create(graph, "columns", values, part.meta["val"])
-            part.replace_all_uses_with(new)
-            graph.erase_node(part)
-        graph.erase_node(split)

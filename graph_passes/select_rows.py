@@ -19,6 +19,7 @@ ROW_TENSORS = {
     "layer_norm": ("x",),
     "activation": ("x",),
     "binary": ("x", "y"),
+    "binary_scalar": ("x",),
     "moe_route": ("logits",),
     "moe_experts": ("x", "routing", "residual"),
     "moe_place": ("routing",),

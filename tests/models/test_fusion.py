@@ -66,11 +66,23 @@ MOE = {"mixtral": 3, "olmoe": 3, "qwen3-moe": 2, "qwen2-moe": 3, "glm4-moe": 2, 
 LATENT = {name: 3 for name in (*(name for name in EXPECTED if name.startswith("deepseek")), *LATENT_MOE)}
 # Families whose rotary embedding is arithmetic in the graph: q and k of each layer.
 ROTARY = {"phi3-longrope": 6, "phi3-longrope-long": 6, "olmo2": 6}
+# family -> matches of take_columns besides the padding of the vocabulary: the latent of the queries, or queries, keys
+# and values of each layer; and of take_scalars: embedding, residuals and logits, or values.
+COLUMNS = {**{name: 3 for name in LATENT if EXPECTED[name][3] == 9}, "internlm2": 9, "mimo-v2-flash": 12}
+SCALARS = {"granite": 8, "minicpm": 8, "granite-moe": 5, "granite-moe-shared": 8, "mimo-v2-flash": 4, "gemma2": 1,
+           "afmoe": 1}  # fmt: skip
+# Operators of MindSpore's own, all of them before the layers (positions) or after (the soft cap of logits).
+MINDSPORES = {
+    **dict.fromkeys(["opt", "opt-postnorm"], {"aten.add.Tensor"}),
+    "phi3-longrope-long": {"aten.full_like.default", "aten.add.Tensor"},
+    "gemma2": {"aten.tanh.default", "aten.mul.Tensor"},
+}
 REWRITTEN = [name for name, family in FAMILIES.items() if family.vllm_class.startswith("Transformers")]
 
 
-def inspect(name: str, **more) -> tuple[dict[str, int], int, int]:
-    """(matches of each pass, layer classes, operators) of a family's model graph, lowered without weights."""
+def inspect(name: str, **more) -> tuple[dict[str, int], int, dict[str, int], bool]:
+    """Of a family's model graph, lowered without weights: (matches of each pass, layer classes, counts of operators,
+    whether one operator gives the hidden states and the logits)."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_mindspore.worker import inspection
@@ -79,10 +91,10 @@ def inspect(name: str, **more) -> tuple[dict[str, int], int, int]:
     engine = EngineArgs(model=str(checkpoint(name)), dtype="float32", load_format="dummy", **options)
     graph = inspection.inspect(engine.create_engine_config())[0]
     matches = {report.name: report.matches for report in graph.passes}
-    return matches, graph.emitted.layer_classes, sum(graph.emitted.operators.values())
+    return matches, graph.emitted.layer_classes, graph.emitted.operators, graph.emitted.packed
 
 
-def inspect_alone(name: str, **more) -> tuple[dict[str, int], int, int]:
+def inspect_alone(name: str, **more) -> tuple[dict[str, int], int, dict[str, int], bool]:
     """The same in a process of its own: vLLM's Transformers backend rewrites Hugging Face's classes."""
     call = f"inspect({name!r}, **{more!r})"
     code = f"import json; from tests.models.test_fusion import inspect; print(json.dumps({call}))"
@@ -102,25 +114,29 @@ def test_every_served_family_is_expected_something_of():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_passes_match_as_often_as_the_architecture_says(name):
-    matches, layer_classes, operators = inspect_alone(name) if name in REWRITTEN else inspect(name)
+    matches, layer_classes, operators, one = inspect_alone(name) if name in REWRITTEN else inspect(name)
     assert main_fusions(matches) == EXPECTED[name]
     assert matches["fuse_rotary"] == ROTARY.get(name, 0)
     assert matches["fuse_rms_norm"] == NORMS.get(name, 0)
     assert matches["fuse_moe"] == MOE.get(name, 0)
     assert matches["fuse_mla"] == LATENT.get(name, 0)
     assert (matches["drop_batch"] > 0) == (name in REWRITTEN)
-    assert matches["take_columns"] == 1, "the padding of the vocabulary"
+    assert matches["take_columns"] == 1 + COLUMNS.get(name, 0)
+    assert matches["take_scalars"] == SCALARS.get(name, 0)
+    assert one == (name != "gemma2"), "the soft cap of its logits comes after that operator"
+    if name not in REWRITTEN:  # rotary embedding's arithmetic is before their layers
+        assert {operator for operator in operators if "vllm_ms" not in operator} == MINDSPORES.get(name, set())
     if (EXPECTED[name] == PRE_NORM or name in LATENT) and name not in MOE:
         most = 7 if name in LATENT else 5  # the queries' latent is cut out, and expanded by a linear of its own
         assert layer_classes == 2, "the last layer selects the rows that are sampled"
-        assert operators <= most * 3 + 10, f"more than {most} operators a layer"
+        assert sum(operators.values()) <= most * 3 + 10, f"more than {most} operators a layer"
         assert matches["select_rows"] >= 4, "the last layer's output projection, gate and up, down, final norm"
 
 
 @pytest.mark.parametrize("name", ["llama2", "qwen3"])
 def test_hugging_faces_own_code_is_fused_like_vllms(name):
     """vLLM's Transformers backend: a batch dimension everywhere, rotary embedding as arithmetic."""
-    matches, layer_classes, _ = inspect_alone(name, model_impl="transformers")
+    matches, layer_classes, _, _ = inspect_alone(name, model_impl="transformers")
     assert main_fusions(matches) == PRE_NORM
     assert matches["fuse_rotary"] == 6
     assert layer_classes == 2

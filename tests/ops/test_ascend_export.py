@@ -94,6 +94,14 @@ def test_binary_also_runs(name):
     assert np.array_equal(op(x, y).asnumpy(), registry.build("binary", "cpu", op=name)(x, y).asnumpy())
 
 
+@pytest.mark.parametrize("name", BINARY_OPS)
+def test_binary_scalar_also_runs(name):
+    x = tensor(np.linspace(-2, 2, 12).reshape(4, 3))
+    op = registry.build("binary_scalar", "ascend", y=0.3, op=name)
+    export(op, x)
+    assert np.array_equal(op(x).asnumpy(), registry.build("binary_scalar", "cpu", y=0.3, op=name)(x).asnumpy())
+
+
 def test_concat_also_runs():
     x, y = ones(4, 3), ones(4, 5)
     op = registry.build("concat", "ascend")

@@ -201,13 +201,24 @@ def test_impossible_attributes_are_rejected(change, message):
 @pytest.mark.parametrize(("begin", "end"), [(0, 5), (3, 7), (6, 7)])
 def test_columns(begin, end):
     op = jit_with_dynamic_tokens(
-        registry.build("columns", "cpu", begin=begin, end=end), [tensor(np.zeros((2, 7)))], [0]
+        registry.build("columns", "cpu", begin=begin, end=end, parts=1), [tensor(np.zeros((2, 7)))], [0]
     )
     for rows in (1, 5, 4000):
         x = np.random.default_rng(0).standard_normal((rows, 7)).astype(np.float32)
         np.testing.assert_array_equal(op(tensor(x)).asnumpy(), x[:, begin:end])
     with pytest.raises(ValueError, match="columns 5 to 5"):
-        registry.build("columns", "cpu", begin=5, end=5)
+        registry.build("columns", "cpu", begin=5, end=5, parts=1)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 5), (3, 7), (6, 7)])
+def test_columns_of_each_part_of_a_row(begin, end):
+    op = registry.build("columns", "cpu", begin=begin, end=end, parts=3)
+    for rows in (0, 1, 5, 4000):
+        x = np.random.default_rng(0).standard_normal((rows, 3, 7)).astype(np.float32)
+        want = x[..., begin:end].reshape(rows, 3 * (end - begin))
+        np.testing.assert_array_equal(op(tensor(x.reshape(rows, 21))).asnumpy(), want)
+    with pytest.raises(RuntimeError, match=f"columns {begin} to {end} of 3 parts of 20"):
+        op(tensor(np.zeros((2, 20)))).asnumpy()
 
 
 def test_in_a_graph_with_any_number_of_tokens():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 import pytest
 
 from tests.ops.test_attention_ascend import export, in_scratch_folder, zeros  # noqa: F401  the fixture is used
@@ -68,6 +69,10 @@ def test_qkv_attention(normed, rotated):
     assert ("RmsNorm" in graph) == normed
 
 
-def test_columns():
-    op = registry.build("columns", "ascend", begin=3, end=7)
-    assert export(op, zeros(TOKENS, 9))
+@pytest.mark.parametrize("parts", [1, 3])
+def test_columns_also_run(parts):
+    x = ms.Tensor(np.arange(2 * 27, dtype=np.float32).reshape(2, 27))
+    op = registry.build("columns", "ascend", begin=3, end=7, parts=parts)
+    assert export(op, x)
+    ours = registry.build("columns", "cpu", begin=3, end=7, parts=parts)
+    assert np.array_equal(op(x).asnumpy(), ours(x).asnumpy())

@@ -57,6 +57,20 @@ def test_both_operands_with_dynamic_tokens():
         assert relative_error(graph(tensor(x), tensor(y)), x.astype(np.float64) + y) < 1e-6
 
 
+@pytest.mark.parametrize("op", BINARY_OPS)
+def test_with_a_constant(op):
+    primitive = registry.build("binary_scalar", "cpu", y=0.3, op=op)
+    assert registry.build("binary_scalar", "cpu", y=1, op=op)(tensor(random((2,)))).shape == (2,)
+    graph = jit_with_dynamic_tokens(primitive, (tensor(random((2, 3, 700))),), (0,))
+    for tokens in (2, 13, 0, 1):
+        x = random((tokens, 3, 700), tokens)
+        both = registry.build("binary", "cpu", op=op)(tensor(x), tensor(np.float32(0.3))).asnumpy()
+        assert np.array_equal(graph(tensor(x)).asnumpy(), both)
+        assert relative_error(graph(tensor(x)), NUMPY[op](x.astype(np.float64), np.float32(0.3))) < 1e-6
+    with pytest.raises(ValueError, match="op 'pow' is not one of"):
+        registry.build("binary_scalar", "cpu", y=0.3, op="pow")
+
+
 def test_wrong_arguments_are_refused(capfd):
     with pytest.raises(ValueError, match="op 'pow' is not one of"):
         registry.build("binary", "cpu", op="pow")

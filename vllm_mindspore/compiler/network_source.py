@@ -106,7 +106,7 @@ class NetworkWriter:
 
     def comment(self, node: Node) -> str:
         """`  # [num_tokens, 1024]`, with the type where it is not float32."""
-        result = value(node)
+        result = node.meta.get("val")
         if not isinstance(result, torch.Tensor):
             return ""
         sizes = ", ".join(self.symbols.get(str(size), str(size)) for size in result.shape)

@@ -160,16 +160,30 @@ class Embedding(_Operator):
         return rows * ops.expand_dims(self.cast(valid, ms_float32), -1)
 
 
+_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Maximum", "minimum": "Minimum"}
+
+
 class Binary(_Operator):
     """x op y in float32, broadcasting."""
 
     def __init__(self, given, op):
         super().__init__(given)
-        names = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Maximum", "minimum": "Minimum"}
-        self.apply = getattr(ops, names[op])()
+        self.apply = getattr(ops, _BINARY[op])()
 
     def construct(self, *tensors):
         return self.apply(self.cast(tensors[0], ms_float32), self.cast(tensors[1], ms_float32))
+
+
+class BinaryScalar(_Operator):
+    """x op a constant in float32."""
+
+    def __init__(self, given, y, op):
+        super().__init__(given)
+        self.y = y
+        self.apply = getattr(ops, _BINARY[op])()
+
+    def construct(self, *tensors):
+        return self.apply(self.cast(tensors[0], ms_float32), self.y)
 
 
 class Concat(_Operator):

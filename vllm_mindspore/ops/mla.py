@@ -42,8 +42,8 @@ def _mla_qkv_attention_fake(query, kv_a, positions, cos_sin, kv_norm, kv_b, kv_c
     return like_input(query, (query.shape[0], num_heads * v_dim))
 
 
-def _columns_fake(x, begin, end):
-    return like_input(x, (*x.shape[:-1], end - begin))
+def _columns_fake(x, begin, end, parts):
+    return like_input(x, (*x.shape[:-1], parts * (end - begin)))
 
 
 def _check_mla(given, rope_dim, **attributes):
@@ -54,9 +54,9 @@ def _check_mla(given, rope_dim, **attributes):
         raise ValueError(f"rope_dim {rope_dim}: rotation needs an even number above 0")
 
 
-def _check_columns(given, begin, end):
-    if not 0 <= begin < end:
-        raise ValueError(f"columns {begin} to {end}: expected 0 <= begin < end")
+def _check_columns(given, begin, end, parts):
+    if not 0 <= begin < end or parts < 1:
+        raise ValueError(f"columns {begin} to {end} of {parts} parts: expected 0 <= begin < end and 1 part or more")
 
 
 OPERATORS = [
@@ -104,9 +104,10 @@ OPERATORS = [
         check=_check_mla,
     ),
     Operator(
-        # x [..., N] f32; columns [begin, end) of its rows. For between operators of ours, which then stay a sequence.
+        # x [..., N] f32; columns [begin, end) of each of the `parts` equal parts of its rows, one after the other. For
+        # between operators of ours, which then stay a sequence.
         name="columns",
-        schema=Schema.parse("(Tensor x, int begin, int end) -> Tensor"),
+        schema=Schema.parse("(Tensor x, int begin, int end, int parts) -> Tensor"),
         fake=_columns_fake,
         cpu="Columns",
         ascend=ascend_cell("Columns", "mla_ascend"),

@@ -23,14 +23,17 @@ _CAUSAL, _ALL, _ABSORBED = 3, 2**63 - 1, 2
 
 
 class Columns(nn.Cell):
-    """x [..., N]: columns [begin, end)."""
+    """x [..., N]: columns [begin, end) of each of the `parts` of a row; with more than one, x is [T, N]."""
 
-    def __init__(self, given, begin, end):
+    def __init__(self, given, begin, end, parts):
         super().__init__()
-        self.begin, self.end = begin, end
+        self.begin, self.end, self.parts = begin, end, parts
 
     def construct(self, x):
-        return x[..., self.begin : self.end]
+        if self.parts == 1:
+            return x[..., self.begin : self.end]
+        parts = ops.reshape(x, (-1, self.parts, x.shape[-1] // self.parts))[..., self.begin : self.end]
+        return ops.reshape(parts, (-1, self.parts * (self.end - self.begin)))
 
 
 class MlaKvWrite(nn.Cell):

@@ -14,7 +14,11 @@ def _binary_fake(x, y, op):
     return like_input(x, torch.broadcast_shapes(x.shape, y.shape))
 
 
-def _check_binary(given, op):
+def _binary_scalar_fake(x, y, op):
+    return like_input(x)
+
+
+def _check_binary(given, op, **_):
     if op not in BINARY_OPS:
         raise ValueError(f"binary: op {op!r} is not one of {BINARY_OPS}")
 
@@ -27,6 +31,15 @@ OPERATORS = [
         fake=_binary_fake,
         cpu="Binary",
         ascend=ascend_cell("Binary"),
+        check=_check_binary,
+    ),
+    Operator(
+        # x f32, bf16 or fp16, any rank; x op y in float32
+        name="binary_scalar",
+        schema=Schema.parse("(Tensor x, float y, str op) -> Tensor"),
+        fake=_binary_scalar_fake,
+        cpu="BinaryScalar",
+        ascend=ascend_cell("BinaryScalar"),
         check=_check_binary,
     ),
 ]

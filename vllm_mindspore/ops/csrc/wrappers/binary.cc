@@ -23,15 +23,19 @@ int64_t broadcast(int64_t a, int64_t b) {
   fail("cannot broadcast ", a, " with ", b);
 }
 
+BinaryOp op_of(const Attributes &a) {
+  const std::string text = a.text("op");
+  BinaryOp op;
+  require(parse_binary_op(text.c_str(), &op), "unknown op '", text, "'");
+  return op;
+}
+
 struct BinaryOperator {
   static constexpr const char *kName = "binary";
   static constexpr int kTensors = 2;
   BinaryOp op;
 
-  explicit BinaryOperator(const Attributes &a) : op(BinaryOp::add) {
-    const std::string text = a.text("op");
-    require(parse_binary_op(text.c_str(), &op), "unknown op '", text, "'");
-  }
+  explicit BinaryOperator(const Attributes &a) : op(op_of(a)) {}
 
   Shape infer(const Inputs &in) const {
     const int rank = std::max(in[0].rank, in[1].rank);
@@ -66,8 +70,35 @@ struct BinaryOperator {
   }
 };
 
+struct BinaryScalarOperator {
+  static constexpr const char *kName = "binary_scalar";
+  static constexpr int kTensors = 1;
+  float y;
+  BinaryOp op;
+
+  explicit BinaryScalarOperator(const Attributes &a) : y(a.number("y")), op(op_of(a)) {}
+
+  Shape infer(const Inputs &in) const { return in[0].shape(); }
+
+  void run(const Inputs &in, void *out) const {
+    require_float(in[0], "x");
+    BinaryArgs args{};
+    args.x = in[0].data;
+    args.x_dtype = in[0].dtype;
+    args.y = &y;
+    args.y_dtype = DType::f32;
+    args.out = static_cast<float *>(out);
+    args.rank = 1;
+    args.dims[0] = in[0].numel();
+    args.x_strides[0] = 1;
+    args.op = op;
+    binary(args);
+  }
+};
+
 }  // namespace
 }  // namespace aot
 }  // namespace vllm_ms
 
 VLLM_MS_AOT_OPERATOR(Binary, vllm_ms::aot::BinaryOperator)
+VLLM_MS_AOT_OPERATOR(BinaryScalar, vllm_ms::aot::BinaryScalarOperator)

@@ -246,25 +246,29 @@ struct MlaQkvAttentionOp {
 struct ColumnsOp {
   static constexpr const char *kName = "columns";
   static constexpr int kTensors = 1;
-  int64_t begin, end;
+  int64_t begin, end, parts;
 
-  explicit ColumnsOp(const Attributes &a) : begin(a.integer("begin")), end(a.integer("end")) {
-    require(begin >= 0 && begin < end, "columns ", begin, " to ", end);
+  explicit ColumnsOp(const Attributes &a)
+      : begin(a.integer("begin")), end(a.integer("end")), parts(a.integer("parts")) {
+    require(begin >= 0 && begin < end && parts >= 1, "columns ", begin, " to ", end, " of ", parts, " parts");
   }
 
   Shape infer(const Inputs &in) const {
     const Tensor &x = in[0];
-    require(x.rank > 0 && (x.dim(-1) < 0 || end <= x.dim(-1)), "columns ", begin, " to ", end, " of x");
+    require(x.rank > 0, "x: a scalar");
+    const int64_t width = x.dim(-1);
+    require(width < 0 || (width % parts == 0 && end <= width / parts), "columns ", begin, " to ", end, " of ", parts,
+            " parts of ", width);
     Shape shape = x.shape();
-    shape.back() = end - begin;
+    shape.back() = parts * (end - begin);
     return shape;
   }
 
   void run(const Inputs &in, void *out) const {
     require_f32(in[0], "x");
-    const int64_t width = in[0].dim(-1), count = end - begin;
+    const int64_t width = in[0].dim(-1) / parts, count = end - begin;
     const float *x = in[0].as<float>() + begin;
-    parallel_for(in[0].rows(), 1 + (1 << 14) / count, [&](int64_t first, int64_t last) {
+    parallel_for(in[0].rows() * parts, 1 + (1 << 14) / count, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         std::memcpy(static_cast<float *>(out) + row * count, x + row * width, count * sizeof(float));
       }
