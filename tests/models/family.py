@@ -41,7 +41,7 @@ class Family:
 
     name: str
     architecture: str
-    config: Callable[[], PreTrainedConfig]
+    config: Callable[..., PreTrainedConfig]
     vllm_class: str
     reference: str = "hf"
     hub_format: HubFormat | None = None
@@ -51,14 +51,14 @@ class Family:
     notes: str = ""
 
 
-def make(cls: type[PreTrainedConfig], **fields) -> Callable[[], PreTrainedConfig]:
-    """A factory of `cls` with the token ids all families share."""
+def make(cls: type[PreTrainedConfig], **fields) -> Callable[..., PreTrainedConfig]:
+    """A factory of `cls` with the token ids all families share. It takes fields that another family changes."""
     common = dict(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=EOS_TOKEN_ID, pad_token_id=0)
     model_type = cls.model_type
 
-    def config() -> PreTrainedConfig:
+    def config(**changed) -> PreTrainedConfig:
         cls.model_type = model_type  # vLLM gives Kimi K2's to the class of DeepSeek V3
-        return cls(**{**common, **fields})
+        return cls(**{**common, **fields, **changed})
 
     return config
 

@@ -3,12 +3,14 @@
 Seeds are such that the two best logits never lie closer than 1e-4: ranks add in another order than one process does.
 """
 
+from dataclasses import replace
+from functools import partial
+
 from transformers import (
     DeepseekV3Config,
     DeepseekV32Config,
     GptOssConfig,
     LlamaConfig,
-    MiniMaxM2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -17,7 +19,9 @@ from . import hub_formats
 from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
 from .moe_families import GPT_OSS_YARN, QK_NORMS
 from .pangu_reference import PanguProMoEReferenceConfig
-from .sigmoid_moe_families import MINIMAX_HUB_FIELDS
+from .sigmoid_moe_families import SIGMOID_MOE_FAMILIES
+
+MINIMAX_M2 = next(family for family in SIGMOID_MOE_FAMILIES if family.name == "minimax-m2")
 
 _PARALLEL = [
     Family(
@@ -151,22 +155,11 @@ _PARALLEL = [
         notes="two experts of each of four groups, so that 2 and 4 ranks hold whole groups; a dense layer between",
         seed=1,
     ),
-    Family(
-        "parallel-minimax-m2",
-        "MiniMaxM2ForCausalLM",
-        make(
-            MiniMaxM2Config,
-            **dims(112, 4, 4, 44),
-            head_dim=32,
-            num_local_experts=11,
-            num_experts_per_tok=3,
-            rope_parameters=rope(theta=5e6, partial_rotary_factor=0.5),
-            **MINIMAX_HUB_FIELDS,
-        ),
-        "MiniMaxM2ForCausalLM",
-        scales=Scales(norm=QK_NORMS),
+    replace(
+        MINIMAX_M2,
+        name="parallel-minimax-m2",
+        config=partial(MINIMAX_M2.config, num_key_value_heads=4, intermediate_size=44),
         notes="norms over the heads of all ranks",
-        seed=1,
     ),
 ]
 
