@@ -1,5 +1,8 @@
 """What the ranks of test_begun.py do: processes that are spawned import it by name."""
 
+import os
+
+import pytest
 import torch
 
 from tests.distributed.ranks import GROUP
@@ -110,3 +113,16 @@ def _network(rank: int, size: int, wire: str):
             return reduced, gathered, scattered, summed, exchanged, received
 
     return Network()
+
+
+def made_for_others(rank: int, size: int, errors: str) -> None:
+    """Calls operators of graphs that were made for one rank more; what they say goes to the file `errors`."""
+    import mindspore as ms
+
+    from vllm_mindspore.ops.registry import build
+
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    x, token_ranks = ms.Tensor(values(rank).numpy()), ms.ops.zeros((ROWS,), ms.int32)
+    for name, attributes in (("gather_rows_start", {}), ("reduce_scatter_rows_start", {"wire": "float32"})):
+        with pytest.raises(RuntimeError):
+            build(name, "cpu", group=GROUP, rank=rank, size=size + 1, **attributes)(x, token_ranks).asnumpy()

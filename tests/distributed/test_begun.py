@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import begun_work as work
-from tests.distributed.ranks import results
+from tests.distributed.ranks import GROUP, results
 from tests.support import namespaces
 from tests.support.namespaces import TwoHosts
 
@@ -36,6 +36,16 @@ def check(found: list[dict], size: int) -> None:
 
 def test_graphs_end_in_another_order_than_they_began(tmp_path):
     check(results(work.graphs, 2, tmp_path, 2), 2)
+
+
+def test_graphs_made_for_other_ranks_say_so(tmp_path):
+    errors = tmp_path / "errors"
+    results(work.made_for_others, 2, tmp_path, 2, str(errors))
+    said = errors.read_text()
+    for name in ("gather_rows_start", "reduce_scatter_rows_start"):
+        for rank in range(2):
+            text = f"this is rank {rank} of 2 in group {GROUP}, the graph was made for rank {rank} of 3"
+            assert f"vllm_ms.{name}: {text}" in said
 
 
 @pytest.mark.slow

@@ -16,13 +16,6 @@ struct Begun : NamedGroup {
     require(text == "float32" || text == "bfloat16", "wire ", text, ": expected float32 or bfloat16");
     wire = text == "bfloat16" ? DType::bf16 : DType::f32;
   }
-
-  using NamedGroup::joined;
-  Group &joined(int64_t rank, int64_t size) const {
-    Group &found = joined(size);
-    require(found.rank() == rank, "this is rank ", found.rank(), " of group ", name, ", the graph was made for ", rank);
-    return found;
-  }
 };
 
 struct AllReduceStartOp : Begun {

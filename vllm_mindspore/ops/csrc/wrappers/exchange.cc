@@ -1,7 +1,7 @@
 // Each exchange is two operators: one begins it, and its result stands for the round that the other one ends.
 #include "../exchange.h"
 
-#include "../aot.h"
+#include "named_group.h"
 #include "round.h"
 
 namespace vllm_ms {
@@ -9,17 +9,11 @@ namespace aot {
 namespace {
 
 // Shared by all: the group by its name, and the step's tokens.
-struct Exchange {
-  std::string name;
+struct Exchange : NamedGroup {
   int64_t rank, size;
-  explicit Exchange(const Attributes &a) : name(a.text("group")), rank(a.integer("rank")), size(a.integer("size")) {}
+  explicit Exchange(const Attributes &a) : NamedGroup(a), rank(a.integer("rank")), size(a.integer("size")) {}
 
-  Group &joined() const {
-    Group &found = group(name);
-    require(found.rank() == rank && found.size() == size, "this is rank ", found.rank(), " of ", found.size(), " in group ",
-            name, ", the graph was made for rank ", rank, " of ", size);
-    return found;
-  }
+  Group &joined() const { return NamedGroup::joined(rank, size); }
 
   StepTokens tokens_of(const Tensor &token_ranks, const Group &group) const {
     require(token_ranks.dtype == DType::i32, "token_ranks: must be int32");

@@ -20,6 +20,12 @@ struct NamedGroup {
     require(found.size() == size, "group ", name, " has ", found.size(), " ranks, the graph was made for ", size);
     return found;
   }
+  Group &joined(int64_t rank, int64_t size) const {
+    Group &found = joined();
+    require(found.rank() == rank && found.size() == size, "this is rank ", found.rank(), " of ", found.size(), " in group ",
+            name, ", the graph was made for rank ", rank, " of ", size);
+    return found;
+  }
 };
 
 // Elements of the dimensions before `dim`, and from it on.
