@@ -1,13 +1,15 @@
 """A decode step on one process and on two tensor-parallel ranks, and what collectives take of it.
 
-    python -m tests.bench.ranks SHAPE-OR-MODEL [--batch 1 8 32] [--context 128] [--timeline FILE]
+    python -m tests.bench.ranks SHAPE-OR-MODEL [--batch 1 8 32] [--context 128] [--experts] [--timeline FILE]
 
-One process has all CPUs, two ranks half of them each. Prints the median step of each, and which part of the time of all
-operators is spent in collectives: by each rank while it waits for one that comes later, and once all have come.
+One process has all CPUs, two ranks half of them each. Prints the median step of each, the time of its operators, and
+which part of it is spent in collectives: by each rank while it waits for one that comes later, and once all have come.
+Where they begin and end apart, what ends them counts as waiting.
 --timeline writes when each operator of each rank ran, in the form of Chrome's traces, which ui.perfetto.dev shows too.
 """
 
 import argparse
+import collections
 import json
 import os
 import random
@@ -45,13 +47,22 @@ def measured(worker) -> Events:
 def shares(ranks: list[Events]) -> tuple[list[float], float]:
     """(of each rank's time in operators the part that waits for a later rank, and of all the part after that)."""
     whole = [sum(event.end - event.begin for event in rank) for rank in ranks]
-    waited, rest = [0] * len(ranks), 0
+    waited = [sum(event.end - event.begin for event in rank if event.name.endswith("_wait")) for rank in ranks]
+    rest = sum(event.end - event.begin for rank in ranks for event in rank if event.name.endswith("_start"))
     for together in zip(*([event for event in rank if event.name in COLLECTIVES] for rank in ranks), strict=True):
         last = max(event.begin for event in together)
         for rank, event in enumerate(together):
             waited[rank] += last - event.begin
             rest += event.end - last
     return [part / all_of_it for part, all_of_it in zip(waited, whole, strict=True)], rest / sum(whole)
+
+
+def by_operator(rank: Events) -> collections.Counter[str]:
+    """Seconds by operator."""
+    spent = collections.Counter()
+    for event in rank:
+        spent[event.name] += event.seconds
+    return spent
 
 
 def write_timeline(file: Path, ranks: list[Events]) -> None:
@@ -88,27 +99,40 @@ def main() -> None:
     parser.add_argument("model", help=f"{', '.join(shapes.SHAPES)}, or a folder")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--experts", action="store_true", help="spread over the ranks (--enable-expert-parallel)")
     parser.add_argument("--timeline", type=Path, help="of the two ranks, with the last of the batches")
     options = parser.parse_args()
-    steps: dict[int, list[float]] = {batch: [] for batch in options.batch}
-    found: dict[int, list[Events]] = {}
+    steps: dict[int, list[list[float]]] = {batch: [] for batch in options.batch}
+    found: dict[int, list[list[Events]]] = {batch: [] for batch in options.batch}
     for ranks in (1, 2):
         llm = LLM(
             str(shapes.find(options.model)), dtype="bfloat16", tensor_parallel_size=ranks, max_model_len=2048,
             max_num_seqs=64, enable_prefix_caching=False, disable_log_stats=True, distributed_executor_backend="mp",
+            enable_expert_parallel=options.experts and ranks > 1,
         )  # fmt: skip
         llm.collective_rpc(finish_start)
         for batch in options.batch:
-            steps[batch].append(statistics.median(decode(llm, batch, options.context)))
-            found[batch] = llm.collective_rpc(measured)
+            steps[batch].append(decode(llm, batch, options.context))
+            found[batch].append(llm.collective_rpc(measured))
         llm.llm_engine.engine_core.shutdown()
     print(f"| batch | one process | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|", sep="\n")
-    for batch, (one, two) in steps.items():
-        (first, second), rest = shares(found[batch])
+    for batch in options.batch:
+        one, two = map(statistics.median, steps[batch])
+        (first, second), rest = shares(found[batch][1])
         print(f"| {batch} | {one * 1e3:.1f} ms | {two * 1e3:.1f} ms | {two / one:.2f} | ", end="")
         print(f"{first:.1%} | {second:.1%} | {rest:.1%} |")
+    for batch in options.batch:
+        print(f"\nmilliseconds of a step of {batch} in operators: one process, and each of the ranks")
+        of_each = [
+            (by_operator(rank), len(seconds))
+            for ranks, seconds in zip(found[batch], steps[batch], strict=True)
+            for rank in ranks
+        ]
+        names = sorted({name for spent, _ in of_each for name in spent}, key=lambda name: -of_each[1][0][name])
+        for name in names:
+            print(f"  {name:28}", *(f"{spent[name] / count * 1e3:9.3f}" for spent, count in of_each))
     if options.timeline:
-        write_timeline(options.timeline, found[batch])
+        write_timeline(options.timeline, found[batch][1])
 
 
 if __name__ == "__main__":
