@@ -61,13 +61,9 @@ def _refuse(speculative, parallel) -> None:
     if speculative.rejection_sample_method != "standard":
         found, advice = speculative.rejection_sample_method, "Leave it out."
         raise UnsupportedOptionError(f"{OPTION} rejection_sample_method", found, "standard", advice)
-    for option, size in (
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--data-parallel-size", parallel.data_parallel_size),
-    ):
-        if size > 1:
-            advice = "Use --tensor-parallel-size, or leave one of the two out."
-            raise UnsupportedOptionError(f"{OPTION} with {option}", size, "1", advice)
+    if (size := parallel.pipeline_parallel_size) > 1:
+        advice = "Use --tensor-parallel-size or --data-parallel-size, or leave one of the two out."
+        raise UnsupportedOptionError(f"{OPTION} with --pipeline-parallel-size", size, "1", advice)
 
 
 def _refuse_draft(speculative, vllm_config) -> None:

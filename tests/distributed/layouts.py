@@ -12,6 +12,8 @@ from tests.models.checkpoints import checkpoint
 from tests.support import commands
 from tests.support.server import NAME, Server
 
+# A connection that is kept may be closed by the server, after five idle seconds, in the moment it is used again.
+ONCE = {"Connection": "close"}
 SETTINGS = dict(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, seed=0)
 
 
@@ -37,13 +39,16 @@ def server(name: str, log: Path, *options: str, folder: Path | None = None) -> S
     return Server(serve(name, *options, folder=folder), commands.free_port(), log)
 
 
-def served_greedy(running: Server, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Greedy continuations of prompts that are sent at once."""
+def served_greedy(
+    running: Server, prompts: list[list[int]], max_tokens: int, engine: int | None = None
+) -> list[list[int]]:
+    """Greedy continuations of prompts that are sent at once. engine: the data-parallel one that gets all of them."""
+    headers = ONCE if engine is None else {**ONCE, "X-data-parallel-rank": str(engine)}
 
     def complete(prompt: list[int]) -> list[int]:
         answer = running.openai.completions.create(
             model=NAME, prompt=prompt, temperature=0, max_tokens=max_tokens,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
+            extra_body={"ignore_eos": True, "return_token_ids": True}, extra_headers=headers,
         )  # fmt: skip
         return json.loads(answer.choices[0].model_dump_json())["token_ids"]
 

@@ -2,31 +2,64 @@
 
 import json
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.distributed.layouts import engine, served_greedy, server
+from tests.distributed.layouts import ONCE, SETTINGS, engine, served_greedy, server
 from tests.models.engine import greedy
 from tests.models.families import EVERY_FAMILY
 from tests.models.reference import PROMPTS, Reference
 from tests.support.drafts import checkpoint_with_draft, metrics
-from tests.support.server import NAME
+from tests.support.server import NAME, Server
 
 FAMILY, MAX_TOKENS = "parallel-deepseek-v3", 40
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
-pytestmark = pytest.mark.slow
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
+# (family, drafts, options of two engines); `make test-slow` runs all.
+FIRST = [(FAMILY, MTP, EXPERTS)]
+ENGINES = [
+    *FIRST,
+    (FAMILY, MTP),
+    (FAMILY, {**MTP, "num_speculative_tokens": 1}, EXPERTS),
+    (FAMILY, {**MTP, "num_speculative_tokens": 4}, EXPERTS, TENSORS),
+    (FAMILY, NGRAM, EXPERTS),
+    ("ernie-moe", MTP, EXPERTS),  # a draft without experts
+    ("mimo", MTP),  # a dense model: engines share nothing
+    ("mimo", NGRAM),
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return checkpoint_with_draft(FAMILY, tmp_path_factory.mktemp("draft") / FAMILY)
+def checkpoints(tmp_path_factory):
+    """checkpoints(family): with a draft, made once."""
+    made = {}
+
+    def with_draft(name: str):
+        if name not in made:
+            made[name] = checkpoint_with_draft(name, tmp_path_factory.mktemp("draft") / name)
+        return made[name]
+
+    return with_draft
+
+
+def reference_of(name: str, folder) -> Reference:
+    return Reference(EVERY_FAMILY["qwen2" if name == "mimo" else name], folder)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return checkpoints(FAMILY)
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return Reference(EVERY_FAMILY[FAMILY], folder).generate(PROMPTS, MAX_TOKENS)
+    return reference_of(FAMILY, folder).generate(PROMPTS, MAX_TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [False, True], ids=["in parts", "spread"])
 def test_two_ranks(experts, folder, expected):
     options = dict(tensor_parallel_size=2, enable_expert_parallel=experts, speculative_config=MTP)
@@ -45,18 +78,19 @@ def test_two_ranks(experts, folder, expected):
     assert f"model.layers.{EVERY_FAMILY[FAMILY].config().num_hidden_layers}.mlp.experts" in experts_of_draft
 
 
-def accepted(running) -> dict[str, float]:
-    text = running.http.get("/metrics").text
-    found = re.findall(r"^vllm:spec_decode_num_(\w+)_total\{[^}]*\} ([\d.e+]+)$", text, re.MULTILINE)
-    return {name: float(value) for name, value in found if "per_pos" not in name}
+def counted(running: Server) -> Counter[tuple[str, str]]:
+    """What /metrics counts of drafts, by engine and name."""
+    pattern = r'^vllm:spec_decode_num_(\w+)_total\{.*engine="(\d+)".*\} ([\d.e+]+)$'
+    found = re.findall(pattern, running.http.get("/metrics", headers=ONCE).text, re.MULTILINE)
+    return Counter({(number, name): float(value) for name, number, value in found if "per_pos" not in name})
 
 
-@pytest.mark.parametrize("config", [MTP, {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
-                                          "prompt_lookup_min": 1}], ids=["mtp", "ngram"])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [MTP, NGRAM], ids=["mtp", "ngram"])
 def test_a_server_counts_what_was_accepted(config, folder, expected, tmp_path):
     options = ["--speculative-config", json.dumps(config)]
     with server(FAMILY, tmp_path / "server.log", *options, folder=folder) as running:
-        assert accepted(running).get("draft_tokens", 0) == 0
+        assert counted(running)["0", "draft_tokens"] == 0
         assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected
         stream = running.openai.completions.create(
             model=NAME, prompt=PROMPTS[4], max_tokens=200, stream=True, extra_body={"ignore_eos": True}
@@ -65,6 +99,43 @@ def test_a_server_counts_what_was_accepted(config, folder, expected, tmp_path):
             pass
         stream.close()  # the request is aborted, with drafts under way
         assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected
-        counted = accepted(running)
-        assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
-        assert counted["drafts"] <= counted["draft_tokens"]
+        found = counted(running)
+        assert 0 < found["0", "accepted_tokens"] < found["0", "draft_tokens"]
+        assert found["0", "drafts"] <= found["0", "draft_tokens"]
+
+
+def titles(layout: tuple) -> str:
+    name, config, *options = layout
+    return " ".join([name, config["method"], str(config["num_speculative_tokens"]), *options])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [layout if layout in FIRST else pytest.param(layout, marks=pytest.mark.slow) for layout in ENGINES],
+    ids=lambda layout: titles(layout),
+)
+def test_engines_with_requests_of_their_own(layout, checkpoints, tmp_path):
+    """The ranks draft together, also where one of them has no request, or one that is too long for drafts."""
+    name, config, *options = layout
+    options += ["--data-parallel-size=2", "--speculative-config", json.dumps(config), "--max-num-batched-tokens=48"]
+    folder, log = checkpoints(name), tmp_path / "server.log"
+    answers = reference_of(name, folder)
+    expected = answers.generate(PROMPTS, MAX_TOKENS)
+    up_to_the_limit = SETTINGS["max_model_len"] - len(PROMPTS[-1])
+    expected_long = answers.generate(PROMPTS[-1:], up_to_the_limit)
+    with server(name, log, *options, folder=folder) as running:
+        assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected, "uneven numbers of tokens on both"
+        for number in (0, 1):
+            assert served_greedy(running, PROMPTS[:3], MAX_TOKENS, engine=number) == expected[:3], "the other is idle"
+            before = counted(running)
+            with ThreadPoolExecutor(1) as pool:
+                others = pool.submit(served_greedy, running, PROMPTS[:-1], MAX_TOKENS, 1 - number)
+                long = served_greedy(running, PROMPTS[-1:], up_to_the_limit, engine=number)
+                assert others.result() == expected[:-1]
+            assert long == expected_long, "the last steps have no drafts"
+            drafted = counted(running) - before
+            assert all(0 < drafted[i, "accepted_tokens"] < drafted[i, "draft_tokens"] for i in "01")
+    graphs = re.findall(r"graph (\w+): (?:compiled|loaded from cache) in", log.read_text())
+    programs = ["model", "logits", *(["draft"] if config["method"] == "mtp" else [])]
+    processes = 2 * (2 if TENSORS in options else 1)
+    assert Counter(graphs) == dict.fromkeys(programs, processes), "once in each process"

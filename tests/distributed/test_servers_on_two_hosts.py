@@ -24,6 +24,7 @@ pytestmark = [
 TENSORS, STAGES = ("--tensor-parallel-size=2",), ("--pipeline-parallel-size=2",)
 EXPERTS = ("--data-parallel-size=2", "--enable-expert-parallel")
 MASTER_PORT = "29511"
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}'
 
 
 class Follower:
@@ -124,7 +125,8 @@ def test_a_lost_rank_ends_both_hosts(options, lost, two, tmp_path):
 @pytest.mark.parametrize(
     ("option", "said"),
     [("--tensor-parallel-size=4", "--tensor-parallel-size of rank 0 is 2, of rank"),
-     ("--max-num-seqs=4", "--max-num-seqs of rank 0 is 8, of rank 1 4")],
+     ("--max-num-seqs=4", "--max-num-seqs of rank 0 is 8, of rank 1 4"),
+     (f"--speculative-config={NGRAM}", "--speculative-config of rank 0 is None, of rank 1 {'method': 'ngram'")],
 )  # fmt: skip
 def test_hosts_that_were_not_started_alike_say_so(option, said, two, tmp_path):
     first, second = over_two_hosts(two, TENSORS)

@@ -46,7 +46,6 @@ OPTIONS = {
         speculative_config={**NGRAM, "use_local_argmax_reduction": True}
     ),
     "--speculative-config with --pipeline-parallel-size": dict(speculative_config=NGRAM, pipeline_parallel_size=2),
-    "--speculative-config with --data-parallel-size": dict(speculative_config=NGRAM, data_parallel_size=2),
     "--kv-cache-dtype": dict(kv_cache_dtype="fp8"),
     "--kv-offloading-size": dict(kv_offloading_size=1.0),
     "--kv-sharing-fast-prefill": dict(kv_sharing_fast_prefill=True),

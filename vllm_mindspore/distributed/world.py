@@ -44,7 +44,13 @@ def _model(vllm_config) -> dict[str, object]:
         "--max-model-len": model.max_model_len,
         "--max-num-seqs": vllm_config.scheduler_config.max_num_seqs,
         "--max-num-batched-tokens": vllm_config.scheduler_config.max_num_batched_tokens,
+        "--speculative-config": _drafts(vllm_config.speculative_config),
     }
+
+
+def _drafts(speculative) -> dict[str, object] | None:
+    names = ("method", "num_speculative_tokens", "draft_sample_method", "prompt_lookup_min", "prompt_lookup_max")
+    return None if speculative is None else {name: getattr(speculative, name) for name in names}
 
 
 def _stable(value: object) -> str:

@@ -18,12 +18,14 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.dp_utils import coordinate_batch_across_dp
 
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.models import drafts
 from vllm_mindspore.ops.sampling import argmax
 from vllm_mindspore.worker import facts, mla, model_capture
 from vllm_mindspore.worker.draft_step import DraftInputs, DraftStep
+from vllm_mindspore.worker.step import token_ranks
 
 PREFIX = "draft."  # of the names of weights that the draft does not share
 
@@ -120,6 +122,7 @@ class DraftProposer(EagleProposer):
         )
         drafted, probabilities = [], []
         for number in range(num_speculative_tokens):
+            self._coordinate(inputs, number)
             hidden_states, logits = self.step(inputs)
             tokens, probability = self._sample_from_logits(logits, sampling_metadata)
             drafted.append(tokens)
@@ -135,11 +138,36 @@ class DraftProposer(EagleProposer):
             return argmax(logits), None
         return super()._sample_from_logits(logits, sampling_metadata)
 
+    def _coordinate(self, inputs: DraftInputs, number: int) -> None:
+        """Tell the data-parallel ranks that share the draft's experts how many tokens its step `number` has here.
+
+        Each of them asks in the same steps, also one without requests: see `dummy_run`. From the second step on there
+        is one token a request, as many in all of them.
+        """
+        if number < 2 and self.step.exchanges_tokens:
+            _, num_tokens_across_dp, _ = coordinate_batch_across_dp(
+                num_tokens_unpadded=len(inputs.input_ids),
+                allow_microbatching=False,
+                parallel_config=self.vllm_config.parallel_config,
+            )
+            inputs.token_ranks = token_ranks(num_tokens_across_dp)
+
     def dummy_run(self, num_tokens: int, *unused, **also_unused) -> None:
-        """Draft after `num_tokens` prompt tokens, which are written to the null block."""
+        """As many steps as `propose` has, the first after `num_tokens` prompt tokens, all written to the null block.
+
+        vLLM calls it in steps without requests, and where a request is too close to the maximum length for drafts: the
+        other data-parallel ranks need the experts that are here.
+        """
+        first = self._dummy_inputs(num_tokens)
+        later = self._dummy_inputs(first.num_reqs)
+        for number, inputs in enumerate([first] + [later] * (self.num_speculative_tokens - 1)):
+            self._coordinate(inputs, number)
+            self.step(inputs, is_dummy=True)
+
+    def _dummy_inputs(self, num_tokens: int) -> DraftInputs:
         longest = min(self.max_model_len, num_tokens)
         starts = torch.tensor([*range(0, num_tokens, longest), num_tokens], dtype=torch.int32)
-        inputs = DraftInputs(
+        return DraftInputs(
             input_ids=torch.zeros(num_tokens, dtype=torch.int32),
             positions=torch.arange(num_tokens) % longest,
             hidden_states=torch.zeros(num_tokens, self.hidden_size),
@@ -150,4 +178,3 @@ class DraftProposer(EagleProposer):
             slot_mapping=torch.full((num_tokens,), -1),
             max_seq_len=longest,
         )
-        self.step(inputs, is_dummy=True)

@@ -11,6 +11,7 @@ from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.capture import GraphInput
 from vllm_mindspore.compiler.program import Program
 from vllm_mindspore.compiler.tensors import to_mindspore
+from vllm_mindspore.models.expert_parallel import TOKEN_RANKS
 from vllm_mindspore.worker.model_capture import HIDDEN_STATES
 from vllm_mindspore.worker.step import ExpertCounts, GraphStep, used_blocks
 
@@ -22,7 +23,8 @@ class DraftInputs:
     input_ids: [num_tokens] int32, of each token the next one; positions: [num_tokens] int64, of the tokens;
     hidden_states: [num_tokens, hidden] float32; rows: [num_reqs] int64, the last token of each request;
     query_start_loc: [num_reqs + 1] int32; seq_lens: [num_reqs] int32; block_table: [num_reqs, max_blocks] int32;
-    slot_mapping: [num_tokens] int64.
+    slot_mapping: [num_tokens] int64; token_ranks: [tokens of all data-parallel ranks] int32, the rank of each, where
+    they share the draft's experts.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +36,7 @@ class DraftInputs:
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     max_seq_len: int
+    token_ranks: torch.Tensor | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -54,6 +57,7 @@ class DraftInputs:
             block_table=self.block_table,
             slot_mapping=blocks.long() * block_size + positions % block_size,
             max_seq_len=self.max_seq_len + 1,
+            token_ranks=self.token_ranks,
         )
 
 
@@ -64,6 +68,7 @@ class DraftStep(GraphStep):
         """hidden: the width of the model's hidden states."""
         super().__init__(program, groups, cached_files, {HIDDEN_STATES: hidden})
         self.counts = ExpertCounts(program.emitted)
+        self.exchanges_tokens = any(item.name == TOKEN_RANKS for item in program.emitted.inputs)
         (number,) = {int(item.name) for item in program.emitted.inputs if item.kind == "block_table"}
         self.block_size = groups[number].block_size
 

@@ -209,8 +209,8 @@ class StepInputs:
             slot_mapping[name] = self(owner, "slot_mapping")
             placeholders[name], layer.kv_cache = layer.kv_cache, self(owner, "kv_cache")
         tokens = dict(num_tokens=NUM_TOKENS, slot_mapping=slot_mapping)
-        if self.ranks > 1:
-            tokens["num_tokens_across_dp"] = [NUM_TOKENS] * self.ranks  # vLLM looks at it, which a capture cannot do
+        if (ranks := self.vllm_config.parallel_config.data_parallel_size) > 1:  # or vLLM asks them, experts or not
+            tokens["num_tokens_across_dp"] = [NUM_TOKENS] * ranks
         try:
             with (
                 replaced_weights(model, self.tensors, {name: self.values[i] for name, i in self.weights.items()}),

@@ -157,7 +157,7 @@ class ModelStep(GraphStep):
             "logits_rows": logits_rows,
         }
         if context.dp_metadata is not None:
-            values[TOKEN_RANKS] = _token_ranks(context.dp_metadata.num_tokens_across_dp_cpu)
+            values[TOKEN_RANKS] = token_ranks(context.dp_metadata.num_tokens_across_dp_cpu)
         if intermediate_tensors is not None:
             values.update({RECEIVED + name: tensor for name, tensor in intermediate_tensors.items()})
         inputs = [
@@ -211,7 +211,7 @@ class ModelStep(GraphStep):
         return to_torch(self.logits([to_mindspore(hidden_states.contiguous())]))
 
 
-def _token_ranks(num_tokens: torch.Tensor) -> torch.Tensor:
+def token_ranks(num_tokens: torch.Tensor) -> torch.Tensor:
     """num_tokens [ranks] int32 → the rank of each token of all ranks, in order: int32."""
     return torch.repeat_interleave(torch.arange(len(num_tokens), dtype=torch.int32), num_tokens)
 
