@@ -9,6 +9,7 @@ METHODS = ("ngram", "mtp")
 # Classes of vLLM that draft from the target's hidden states with a layer trained for it, as their checkpoints have it.
 DRAFTS = (
     "DeepSeekMTPModel",
+    "DeepseekV32MTPModel",
     "ErnieMTPModel",
     "Glm4MoeLiteMTPModel",
     "Glm4MoeMTPModel",
@@ -22,6 +23,7 @@ LEFT_OUT = (
     "draft_load_config",
     "enable_adaptive_verification",
     "enforce_eager",
+    "index_share_for_mtp_iteration",
     "kv_cache_dtype",
     "moe_backend",
     "num_speculative_tokens_per_batch_size",

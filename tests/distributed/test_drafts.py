@@ -14,7 +14,7 @@ from tests.models.reference import PROMPTS, Reference
 from tests.support.drafts import checkpoint_with_draft, metrics
 from tests.support.server import NAME, Server
 
-FAMILY, MAX_TOKENS = "parallel-deepseek-v3", 40
+FAMILY, SPARSE, MAX_TOKENS = "parallel-deepseek-v3", "parallel-deepseek-v32", 40
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
@@ -26,6 +26,7 @@ ENGINES = [
     (FAMILY, {**MTP, "num_speculative_tokens": 1}, EXPERTS),
     (FAMILY, {**MTP, "num_speculative_tokens": 4}, EXPERTS, TENSORS),
     (FAMILY, NGRAM, EXPERTS),
+    (SPARSE, MTP, EXPERTS),  # every rank has the whole indexer of the draft
     ("ernie-moe", MTP, EXPERTS),  # a draft without experts
     ("mimo", MTP),  # a dense model: engines share nothing
     ("mimo", NGRAM),
@@ -49,22 +50,15 @@ def reference_of(name: str, folder) -> Reference:
     return Reference(EVERY_FAMILY["qwen2" if name == "mimo" else name], folder)
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints):
-    return checkpoints(FAMILY)
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return reference_of(FAMILY, folder).generate(PROMPTS, MAX_TOKENS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", [False, True], ids=["in parts", "spread"])
-def test_two_ranks(experts, folder, expected):
+@pytest.mark.parametrize("name", [FAMILY, SPARSE])
+def test_two_ranks(name, experts, checkpoints):
     options = dict(tensor_parallel_size=2, enable_expert_parallel=experts, speculative_config=MTP)
     options["disable_log_stats"] = False
-    with engine(FAMILY, folder=folder, **options) as llm:
+    folder = checkpoints(name)
+    expected = reference_of(name, folder).generate(PROMPTS, MAX_TOKENS)
+    with engine(name, folder=folder, **options) as llm:
         assert greedy(llm, PROMPTS, MAX_TOKENS) == expected
         counted = metrics(llm)
         assert 0.1 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.9
@@ -75,7 +69,7 @@ def test_two_ranks(experts, folder, expected):
         assert {name: graph["compiles"] + graph["loads"] for name, graph in count.items()} == dict.fromkeys(
             ("model", "logits", "draft"), 1
         )
-    assert f"model.layers.{EVERY_FAMILY[FAMILY].config().num_hidden_layers}.mlp.experts" in experts_of_draft
+    assert f"model.layers.{EVERY_FAMILY[name].config().num_hidden_layers}.mlp.experts" in experts_of_draft
 
 
 def counted(running: Server) -> Counter[tuple[str, str]]:
@@ -87,8 +81,9 @@ def counted(running: Server) -> Counter[tuple[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MTP, NGRAM], ids=["mtp", "ngram"])
-def test_a_server_counts_what_was_accepted(config, folder, expected, tmp_path):
-    options = ["--speculative-config", json.dumps(config)]
+def test_a_server_counts_what_was_accepted(config, checkpoints, tmp_path):
+    options, folder = ["--speculative-config", json.dumps(config)], checkpoints(FAMILY)
+    expected = reference_of(FAMILY, folder).generate(PROMPTS, MAX_TOKENS)
     with server(FAMILY, tmp_path / "server.log", *options, folder=folder) as running:
         assert counted(running)["0", "draft_tokens"] == 0
         assert served_greedy(running, PROMPTS, MAX_TOKENS) == expected

@@ -13,7 +13,17 @@ from vllm_mindspore.worker.draft import DraftProposer
 MAX_TOKENS = 40
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
-OTHERS = ["deepseek-r1", "pangu-ultra-moe", "glm46-moe", "glm4-moe-lite", "mimo", "hy-v3", "ernie-moe"]
+OTHERS = [
+    "deepseek-r1",
+    "deepseek-v32",
+    "glm-moe-dsa",
+    "pangu-ultra-moe",
+    "glm46-moe",
+    "glm4-moe-lite",
+    "mimo",
+    "hy-v3",
+    "ernie-moe",
+]
 CHUNKS = dict(max_num_batched_tokens=48)  # the longest prompts come in several steps
 
 
@@ -66,19 +76,20 @@ def proposals(monkeypatch) -> list[tuple[int, list[int]]]:
     return noted
 
 
-def test_multi_token_prediction(tmp_path, proposals):
-    """DeepSeek V3: text and every single draft as Hugging Face's layers have them."""
-    name = "deepseek-v3-moe"
+@pytest.mark.parametrize("name", ["deepseek-v3-moe", "parallel-deepseek-v32"])
+def test_multi_token_prediction(name, tmp_path, proposals):
+    """Text and every single draft as Hugging Face's layers have them; with an indexer, more tokens than it selects."""
     folder = checkpoint_with_draft(name, tmp_path / name)
     with engine(name, folder=folder, disable_log_stats=False, speculative_config=MTP, **CHUNKS) as llm:
-        expected = Reference(EVERY_FAMILY[name], folder).generate(PROMPTS, MAX_TOKENS)
+        model = Reference(EVERY_FAMILY[name], folder)
+        expected = model.generate(PROMPTS, MAX_TOKENS)
         for _ in range(2):  # the second time, the prefix cache has the prompts
             assert greedy(llm, PROMPTS, MAX_TOKENS) == expected
         counted = metrics(llm)
         assert 0.3 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.98
         proposals.clear()
         assert greedy(llm, PROMPTS[5:6], MAX_TOKENS) == expected[5:6]
-        tokens, drafts = [*PROMPTS[5], *expected[5]], DraftReference(folder)
+        tokens, drafts = [*PROMPTS[5], *expected[5]], DraftReference(folder, model.config())
         generated = [(last, drafted) for last, drafted in proposals if last + 1 >= len(PROMPTS[5])]
         assert 10 < len(generated) < MAX_TOKENS
         for last, drafted in generated:

@@ -98,15 +98,24 @@ def test_experts_that_a_loader_cannot_spread(configure):
     [
         (dict(model_type="qwen2", architectures=["MiMoForCausalLM"]), "no num_nextn_predict_layers"),
         (dict(model_type="exaone_moe", architectures=["ExaoneMoeForCausalLM"]), "found ExaoneMoeMTP"),
-        (dict(MLA, **INDEXER, model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"],
-              num_nextn_predict_layers=1), "found DeepseekV32MTPModel"),
     ],
-    ids=["no layer", "another class", "sparse attention"],
-)  # fmt: skip
+    ids=["no layer", "another class"],
+)
 def test_drafts_that_are_not_there(architecture, found, configure, tmp_path):
     folder = checkpoints.configuration(tmp_path / "model", **{**LLAMA, **architecture})
     with pytest.raises(ValueError, match=rf"--speculative-config.*{found}.*The MindSpore backend supports .+"):
         configure(folder, skip_tokenizer_init=True, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+
+
+def test_a_draft_selects_keys_anew_in_each_of_its_steps(configure, tmp_path):
+    sparse = dict(MLA, **INDEXER, model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"])
+    folder = checkpoints.configuration(tmp_path / "model", **{**LLAMA, **sparse, "num_nextn_predict_layers": 1})
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    config = configure(folder, skip_tokenizer_init=True, speculative_config=drafts)
+    assert config.speculative_config.draft_model_config.architectures == ["DeepseekV32MTPModel"]
+    with pytest.raises(ValueError, match="--speculative-config index_share_for_mtp_iteration: found True"):
+        drafts["index_share_for_mtp_iteration"] = True
+        configure(folder, skip_tokenizer_init=True, speculative_config=drafts)
 
 
 def test_speculative_decoding_decides_how_drafts_are_made(configure):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.models.checkpoints import checkpoint
 
@@ -145,17 +145,22 @@ def as_ernie(made: dict[str, torch.Tensor], prefix: str, config: dict) -> dict[s
 NAMED_OTHERWISE = {"mimo": as_mimo, "hy-v3": as_hunyuan, "ernie-moe": as_ernie}
 
 
-class DraftReference:
-    """A model with its draft, DeepSeek V3's layers, from Hugging Face's: float32, whole sequences, no KV cache."""
+def one_layer_more(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with the last layer twice."""
+    fields = config.to_dict()
+    lists = {name: [*fields[name], fields[name][-1]] for name in ("layer_types", "mlp_layer_types") if fields.get(name)}
+    return type(config).from_dict(fields | lists | {"num_hidden_layers": config.num_hidden_layers + 1})
 
-    def __init__(self, folder: Path):
-        """folder: from `checkpoint_with_draft`, of a family that has Hugging Face's format."""
+
+class DraftReference:
+    """A model with its draft, DeepSeek's layers, from Hugging Face's: float32, whole sequences, no KV cache."""
+
+    def __init__(self, folder: Path, config: PreTrainedConfig):
+        """folder: from `checkpoint_with_draft`, of a family that has Hugging Face's format. config: the model's."""
         options = dict(dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
-        config = AutoConfig.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options).eval()
         number = config.num_hidden_layers
-        config = AutoConfig.from_pretrained(folder, num_hidden_layers=number + 1)
-        extended = AutoModelForCausalLM.from_pretrained(folder, config=config, **options).eval()
+        extended = AutoModelForCausalLM.from_pretrained(folder, config=one_layer_more(config), **options).eval()
         self.layer = extended.model
         self.layer.layers = self.layer.layers[-1:]
         self.layer.norm, self.layer.config.num_hidden_layers = torch.nn.Identity(), 1
