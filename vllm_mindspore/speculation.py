@@ -64,8 +64,11 @@ def _refuse(speculative, parallel) -> None:
         found, advice = speculative.rejection_sample_method, "Leave it out."
         raise UnsupportedOptionError(f"{OPTION} rejection_sample_method", found, "standard", advice)
     if (size := parallel.pipeline_parallel_size) > 1:
+        # vLLM's scheduler sends the first stage one token of a request a step, not all that were accepted, and takes a
+        # step's drafts before its tokens: https://github.com/vllm-project/vllm/issues/44697
+        supported = "1, because vLLM serves drafts over pipeline stages with another model runner only"
         advice = "Use --tensor-parallel-size or --data-parallel-size, or leave one of the two out."
-        raise UnsupportedOptionError(f"{OPTION} with --pipeline-parallel-size", size, "1", advice)
+        raise UnsupportedOptionError(f"{OPTION} with --pipeline-parallel-size", size, supported, advice)
 
 
 def _refuse_draft(speculative, vllm_config) -> None:
