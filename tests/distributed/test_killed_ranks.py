@@ -7,7 +7,7 @@ from tests.models.reference import PROMPTS
 from tests.support.crash import kill
 
 TENSORS, ENGINES = ("--tensor-parallel-size=2",), ("--data-parallel-size=2", "--enable-expert-parallel")
-LONG = "--max-model-len=2048"  # for a request that has not ended when its rank is killed
+LONG, MAX_TOKENS = "--max-model-len=512", 500  # of a request that has not ended when its rank is killed
 
 
 def ranks(running) -> list:
@@ -33,7 +33,7 @@ def test_a_killed_rank_ends_the_server_and_the_next_one_starts(options, times, t
             victims = ranks(running)
             assert len(victims) == 2
             victim = victims[repeat % 2]
-            status, message = kill(running, victim)
+            status, message = kill(running, victim, MAX_TOKENS)
             assert status == 500 and message
             assert running.process.returncode not in (0, None)
         if options == TENSORS:

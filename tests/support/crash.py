@@ -31,11 +31,11 @@ class RunningRequest(threading.Thread):
             self.outcome = 0, repr(error)
 
 
-def kill(server: Server, victim: psutil.Process) -> tuple[int, str]:
+def kill(server: Server, victim: psutil.Process, max_tokens: int = 2000) -> tuple[int, str]:
     """Kill `victim` while a request runs; wait until nothing of the server is left; return what the client got."""
     processes = server.processes()
     shared = commands.shared_memory(processes)
-    request = RunningRequest(server)
+    request = RunningRequest(server, max_tokens)
     victim.kill()
     request.join(EXIT_TIMEOUT)
     assert request.outcome, "the client got an answer or an error"

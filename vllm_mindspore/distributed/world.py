@@ -15,7 +15,7 @@ from vllm_mindspore.distributed.groups import GroupError
 
 _PREFIX = "vllm_mindspore"
 _LOOK_EVERY = 0.1  # seconds
-_WRONG, _AGREED = f"{_PREFIX}/wrong", f"{_PREFIX}/agreed"
+_SIZES, _WRONG, _AGREED = (f"{_PREFIX}/{name}" for name in ("sizes", "wrong", "agreed"))
 
 
 def _sizes(parallel_config) -> dict[str, object]:
@@ -88,10 +88,13 @@ def require_same_sizes(parallel_config, rank: int) -> dist.Store | None:
     if store.add(f"{_PREFIX}/starts/{rank}", 1) > 1:
         wrong = f"there are two of rank {rank}. Give each host a --node-rank of its own."
     else:
-        store.set(f"{_PREFIX}/{rank}", json.dumps(mine))
-        wrong = _difference(json.loads(store.get(f"{_PREFIX}/0")), rank, mine)
+        if rank == 0:
+            store.set(_SIZES, json.dumps(mine))
+        wrong = _difference(json.loads(store.get(_SIZES)), rank, mine)
     if wrong:
         store.set(_WRONG, wrong)
+    else:
+        store.set(f"{_PREFIX}/{rank}", "alike")
     others = [f"{_PREFIX}/{other}" for other in range(1, parallel_config.world_size_across_dp)] if rank == 0 else []
     while not store.check([_WRONG]):
         if rank == 0 and store.check(others):
