@@ -65,7 +65,7 @@ layout-table: setup-test
 	@VLLM_MS_LAYOUT_TABLE=docs/parallelism.md $(VENV)/bin/python -m pytest -m '' tests/distributed -k 'tokens_equal_the_reference or tokens_of_one_process' $(ARGS)
 
 lint: setup-test
-	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 env: setup
 	@$(VENV)/bin/vllm-mindspore env

@@ -13,10 +13,9 @@ import torch
 from torch.fx import Graph, Node
 
 from vllm_mindspore.graph_passes import drop_noops
-from vllm_mindspore.graph_passes.nodes import LINEARS, RESHAPE, arguments, call, is_call, operator, same_size
+from vllm_mindspore.graph_passes.nodes import LINEARS, RESHAPE, SPLITS, arguments, call, is_call, operator, same_size
 
 aten = torch.ops.aten
-SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 ROW_WISE = (*LINEARS, "rms_norm", "layer_norm", "activation")
 
 

@@ -8,7 +8,6 @@ mla_kv_write(kv_cache, kv_c, k_pe, slot_mapping)
 mla_attention(q, kv_b, kv_cache, …)      →   mla_qkv_attention(q_proj, kv_a, positions, …, kv_column=…)
 """
 
-import operator as python_operator
 import sys
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ from torch.fx import Graph, Node
 
 from vllm_mindspore.graph_passes.nodes import (
     RESHAPE,
-    SPLITS,
     arguments,
     calls,
+    cut,
     is_call,
     operator,
     replace,
@@ -127,15 +126,10 @@ def _columns(node: object) -> _Columns | None:
     if not isinstance(node, Node) or node.meta["val"].dim() != 2 or not isinstance(node.meta["val"].shape[1], int):
         return None
     begin, width = 0, node.meta["val"].shape[1]
-    while is_call(node, python_operator.getitem) and _splits_columns(node.args[0]):
-        split, index = node.args
-        begin += sum(part.shape[1] for part in split.meta["val"][:index])
-        node = split.args[0]
+    while (part := cut(node)) is not None and part.tensor.meta["val"].dim() == 2 and part.dim == 1:
+        begin += part.begin
+        node = part.tensor
     return _Columns(node, begin, begin + width)
-
-
-def _splits_columns(split: object) -> bool:
-    return is_call(split, *SPLITS) and split.args[0].meta["val"].dim() == 2 and (*split.args[2:], 0)[0] in (1, -1)
 
 
 def _sizes_fit(values: dict[str, object], latent: _Columns, key: _Columns, rotary: dict | None) -> bool:

@@ -12,16 +12,14 @@ transposes this leaves behind cancel in drop_batch). cos and sin hold each of th
 """
 
 import operator as python_operator
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
-from vllm_mindspore.graph_passes.nodes import RESHAPE, call, create, is_call, operator, same_size
+from vllm_mindspore.graph_passes.nodes import RESHAPE, SPLITS, call, create, cut, is_call, operator, same_size
 
 aten = torch.ops.aten
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 POINTWISE = (aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.mul.Scalar)
 
 
@@ -91,16 +89,8 @@ def _joins_last(cat: Node, count: int) -> bool:
 
 def _is_slice(node: object, source: Node, begin: int, end: int) -> bool:
     """Whether `node` is source[..., begin:end], as a slice or as a part of a split."""
-    last = source.meta["val"].dim() - 1
-    if is_call(node, python_operator.getitem) and is_call(node.args[0], *SPLITS) and node.args[0].args[0] is source:
-        sizes = [part.shape[-1] for part in node.args[0].meta["val"]]
-        dim, first = (*node.args[0].args[2:], 0)[0], sum(sizes[: node.args[1]])
-        return dim in (-1, last) and (first, first + sizes[node.args[1]]) == (begin, end)
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not source:
-        return False
-    dim, low, high, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    high = source.meta["val"].shape[-1] if high is None or high == sys.maxsize else high
-    return dim in (-1, last) and (low or 0) == begin and high == end and step == 1
+    part, last = cut(node), source.meta["val"].dim() - 1
+    return part is not None and part.tensor is source and (part.dim, part.begin, part.end) == (last, begin, end)
 
 
 def _whole_heads(end: Node, part: Node, cos: Node, sin: Node) -> _Rotation:

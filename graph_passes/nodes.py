@@ -1,5 +1,8 @@
 """What the passes share: looking at `vllm_ms` nodes by argument name, and replacing them."""
 
+import operator as python_operator
+from dataclasses import dataclass
+
 import torch
 from torch.fx import Graph, Node
 
@@ -85,6 +88,37 @@ def through_views(node: object) -> object:
     while is_call(node, RESHAPE):
         node = node.args[0]
     return node
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Elements [begin, end) of `tensor` along dimension `dim`, which is not negative."""
+
+    tensor: Node
+    dim: int
+    begin: int
+    end: int
+
+
+def cut(node: object) -> Cut | None:
+    """What `node` cuts if it is a slice or a part of a split, and not empty; None where a size is not known."""
+    if is_call(node, torch.ops.aten.slice.Tensor):
+        tensor, dim, *bounds, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        size = tensor.meta["val"].shape[dim]
+        if step != 1 or any(isinstance(bound, torch.SymInt | Node) for bound in (size, *bounds)):
+            return None
+        begin, end, _ = slice(*bounds).indices(size)
+    elif is_call(node, python_operator.getitem) and is_call(node.args[0], *SPLITS):
+        split, index = node.args
+        tensor, dim = split.args[0], (*split.args[2:], 0)[0]
+        sizes = [part.shape[dim] for part in split.meta["val"]]
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return None
+        begin = sum(sizes[:index])
+        end = begin + sizes[index]
+    else:
+        return None
+    return Cut(tensor, dim % tensor.meta["val"].dim(), begin, end) if begin < end else None
 
 
 def same_rotary(a: dict[str, object] | None, b: dict[str, object] | None) -> bool:

@@ -29,7 +29,7 @@ PHASES = {
 }
 SETTLE = 1.0  # seconds until the other engine's threads wait asleep: OpenMP's wait busily for 0.2
 START = "start to the first token, cached graphs"
-MAX_BATCHED_TOKENS = 4096  # as in engine.py
+MAX_BATCHED_TOKENS = 4096
 OURS = {"VLLM_MS_BACKEND": "mindspore"}
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 
@@ -39,7 +39,13 @@ class Engine:
 
     def __init__(self, python: str, model: Path, options: dict, env: dict[str, str]):
         # -P: modules of this folder must not hide others of their name
-        command = [python, "-P", str(ENGINE), str(model), json.dumps(options)]
+        command = [
+            python,
+            "-P",
+            str(ENGINE),
+            str(model),
+            json.dumps(options | {"max_num_batched_tokens": MAX_BATCHED_TOKENS}),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
         )

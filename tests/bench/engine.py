@@ -17,7 +17,7 @@ class Engine:
         from vllm import LLM
 
         options = {
-            "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 4096,
+            "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 64,
             "enable_prefix_caching": False, "disable_log_stats": True, **options,
         }  # fmt: skip
         self.engine = LLM(model, **options).llm_engine

@@ -73,9 +73,7 @@ def edges(points: dict[int, float]) -> dict[tuple[int, int], float]:
     """{(size, next size): how much more time the next one takes}, where they are at most a fiftieth or 1 apart."""
     sizes = list(points)
     return {
-        (a, b): points[b] / points[a] - 1
-        for a, b in zip(sizes, sizes[1:], strict=False)
-        if b - a <= max(1, a // 50)
+        (a, b): points[b] / points[a] - 1 for a, b in zip(sizes, sizes[1:], strict=False) if b - a <= max(1, a // 50)
     }
 
 

@@ -19,9 +19,7 @@ def spread(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * torch.logspace(-30, 0, tensor.shape[-1]).to(tensor.dtype)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("qwen3", "float32"), ("qwen3", "bfloat16"), ("qwen3-moe", "bfloat16")]
-)
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "float32"), ("qwen3", "bfloat16"), ("qwen3-moe", "bfloat16")])
 def test_a_running_model_takes_new_weights(family, dtype, tmp_path):
     old = checkpoint(family, dtype)
     vocabulary = reference(family).logits([5]).shape[-1]

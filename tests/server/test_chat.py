@@ -119,9 +119,11 @@ def test_streamed_tool_call_is_the_same(chat):
 def test_the_hermes_parser_reads_calls_out_of_the_text(chat):
     """With tool_choice=auto the text is free; a grammar makes the model write one call as Hermes models do."""
     call = r'<tool_call>\n\{"name": "get_time", "arguments": \{"zone": "(UTC|CET)"\}\}\n</tool_call>'
-    message = chat(
-        tools=TOOLS, tool_choice="auto", max_tokens=200, extra_body={"structured_outputs": {"regex": call}}
-    ).choices[0].message
+    message = (
+        chat(tools=TOOLS, tool_choice="auto", max_tokens=200, extra_body={"structured_outputs": {"regex": call}})
+        .choices[0]
+        .message
+    )
     check_calls(message.tool_calls, ("get_time",))
     assert not message.content
 

@@ -164,9 +164,7 @@ def test_min_tokens_holds_stopping_back(complete, greedy):
 def test_logprobs_of_greedy_text_are_the_highest(complete):
     logprobs = complete(PROMPT, logprobs=5, ignore_eos=True).choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 24
-    for token, chosen, candidates in zip(
-        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
-    ):
+    for token, chosen, candidates in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert chosen == max(candidates.values()) == candidates[token]
         assert sum(map(math.exp, candidates.values())) <= 1 + 1e-5
     assert logprobs.text_offset == sorted(logprobs.text_offset)

@@ -43,9 +43,7 @@ class Server:
         )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(base_url=f"http://{address}:{port}", headers=headers, timeout=120)
-        self.openai = OpenAI(
-            base_url=f"http://{address}:{port}/v1", api_key=key or "none", max_retries=0, timeout=120
-        )
+        self.openai = OpenAI(base_url=f"http://{address}:{port}/v1", api_key=key or "none", max_retries=0, timeout=120)
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> "Server":
         def ready() -> bool:

@@ -4,6 +4,7 @@ Linux gives large pages on request (`/sys/kernel/mm/transparent_hugepage/enabled
 does not, nothing changes. Measured in docs/performance.md.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -60,7 +61,8 @@ class Population:
         self._thread.start()
 
     def _run(self) -> None:
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))  # this thread's alone
+        with contextlib.suppress(PermissionError):  # of a sandbox: then it takes turns with the others
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))  # this thread's alone
         for begin, end in sorted(_ranges(self._tensors, outward=False)):
             for at in range(begin, end, self.AT_ONCE):
                 if self._stopped.is_set() or not _advise(at, min(at + self.AT_ONCE, end), self.POPULATE_WRITE):

@@ -108,9 +108,7 @@ def tensors_between_stages(model: torch.nn.Module) -> dict[str, int]:
     return {name: tensor.shape[-1] for name, tensor in sorted(empty.items())}
 
 
-def attention_layers(
-    vllm_config: VllmConfig, model: torch.nn.Module | None = None
-) -> dict[str, AttentionLayerBase]:
+def attention_layers(vllm_config: VllmConfig, model: torch.nn.Module | None = None) -> dict[str, AttentionLayerBase]:
     """The attention layers and keys of indexers (`ATTENTION_LAYERS`) of the engine, or of one of its models, by name,
     in order of creation."""
     return _layers_of(vllm_config, ATTENTION_LAYERS, model)
