@@ -190,7 +190,7 @@ void attention_of(const char *name, int64_t requests, int64_t queries, int64_t l
       in.query = query.data();
       in.query_stride = kHeads * kSize;
       in.num_tokens = requests * queries;
-      in.cache = {cache + i * layer, DType::bf16, slots, kKvHeads, kSize};
+      in.cache = {cache + i * layer, DType::bf16, slots, kKvHeads, kSize, kSize};
       in.block_table = table.data();
       in.num_requests = requests;
       in.max_blocks = blocks;
@@ -260,7 +260,7 @@ void latent_attention_of(const char *name, int64_t heads, int64_t requests, int6
 
 void attentions() {
   for (int64_t requests : {1, 8, 32}) {
-    for (int64_t length : {128, 1024, 8192}) {
+    for (int64_t length : {128, 316, 1024, 8192}) {
       if (requests * length <= 65536) attention_of("attention, decode", requests, 1, length);
     }
   }

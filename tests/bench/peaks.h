@@ -76,7 +76,7 @@ inline double multiply_bf16() {
 }
 #else
 constexpr const char *kProducts = "float32 multiply-add";
-inline double multiply_bf16() {
+__attribute__((optimize("fp-contract=fast"))) inline double multiply_bf16() {  // the kernels' flags keep * and + apart
 #if defined(__AVX512F__)
   constexpr int kWidth = 16;
 #elif defined(__AVX2__)
