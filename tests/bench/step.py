@@ -86,6 +86,7 @@ class Engine:
 
     def prompt_steps(self, batch: int, context: int, count: int) -> list[float]:
         """Seconds of each of `count` steps that read `batch` prompts of `context` random tokens at once."""
+
         def read() -> None:
             self._add(batch, context, 1)
             self._finish()
