@@ -96,9 +96,8 @@ def _is_slice(node: object, source: Node, begin: int, end: int) -> bool:
 def _whole_heads(end: Node, part: Node, cos: Node, sin: Node) -> _Rotation:
     """The rotation of whole heads, if `part` is their beginning and the rest is joined to the result unchanged."""
     rotary_dim = part.meta["val"].shape[-1]
-    whole = part.args[0] if is_call(part, aten.slice.Tensor) else part
-    if is_call(part, python_operator.getitem) and is_call(part.args[0], *SPLITS):
-        whole = part.args[0].args[0]
+    first = cut(part)
+    whole = part if first is None else first.tensor
     for source in (whole, part) if _is_slice(part, whole, 0, rotary_dim) else (part,):
         for user in end.users:
             if not is_call(user, aten.cat.default) or not _joins_last(user, 2) or user.args[0][0] is not end:

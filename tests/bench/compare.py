@@ -39,13 +39,8 @@ class Engine:
 
     def __init__(self, python: str, model: Path, options: dict, env: dict[str, str]):
         # -P: modules of this folder must not hide others of their name
-        command = [
-            python,
-            "-P",
-            str(ENGINE),
-            str(model),
-            json.dumps(options | {"max_num_batched_tokens": MAX_BATCHED_TOKENS}),
-        ]
+        options = {"max_num_batched_tokens": MAX_BATCHED_TOKENS, **options}
+        command = [python, "-P", str(ENGINE), str(model), json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
         )

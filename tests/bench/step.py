@@ -117,7 +117,7 @@ class Engine:
             self.engine.step()
 
 
-def report(engine: Engine, batch: int, context: int, count: int, prompts: bool = False) -> None:
+def report(engine: Engine, batch: int, context: int, count: int, prompts: bool) -> None:
     steps = engine.prompt_steps if prompts else engine.steps
     total = sum(steps(batch, context, count))
     parts = engine.parts

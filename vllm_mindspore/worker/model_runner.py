@@ -183,7 +183,7 @@ class MindSporeModelRunner(CPUModelRunner):
         groups = [
             KVGroup(tuple(g.layer_names), size)
             for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)
-            if g.layer_names  # all are of another pipeline stage
+            if g.layer_names  # else all of its layers are in other pipeline stages
         ]
         if [set(g.layers) for g in groups] != [set(g.layers) for g in self.compiler.groups] or any(
             a.block_size != b.block_size for a, b in zip(groups, self.compiler.groups, strict=True)
