@@ -11,6 +11,7 @@ namespace VLLM_MS_ISA {
 constexpr int kColumnTokens = 6;         // at once, with one group of columns:
 constexpr int64_t kColumnSums = 6;       // groups' sums in registers
 constexpr int64_t kColumnPanel = 1024;   // elements of k of a block; those of the tokens of a pass stay beside it
+constexpr int64_t kDecodePasses = 2;     // over the tokens, from which on coded weights are decoded before them
 
 using ColumnInput = float;  // of packed activations
 
@@ -63,6 +64,24 @@ struct ColumnPairs {
   }
 };
 
+// A pair as float32: the columns' first elements, then their second ones. They stay where they are until they are used.
+struct DecodedPairs {
+  using Element = float;
+  const float *elements;
+
+  static DecodedPairs load(const float *p) { return {p}; }
+  static void store(const ColumnPairs &pairs, float *p) {
+    for (int i = 0; i < 2; ++i) {
+      VLLM_MS_ISA::store(p + i * kLanes, pairs.values<false>(i));
+      VLLM_MS_ISA::store(p + kColumnGroup + i * kLanes, pairs.values<true>(i));
+    }
+  }
+  template <bool Second>
+  Vec values(int i) const {
+    return VLLM_MS_ISA::load(elements + Second * kColumnGroup + i * kLanes);
+  }
+};
+
 // Of a token and a group.
 struct ColumnSums {
   Vec sum[2];
@@ -76,8 +95,8 @@ struct ColumnSums {
   }
 };
 
-template <bool Second, int MT, int Count>
-VLLM_MS_INLINE void add_elements(const ColumnPairs (&weights)[Count], const float *const (&bases)[(MT + 2) / 3],
+template <bool Second, int MT, class Pairs, int Count>
+VLLM_MS_INLINE void add_elements(const Pairs (&weights)[Count], const float *const (&bases)[(MT + 2) / 3],
                                  int64_t stride, ColumnSums (&sums)[MT][Count]) {
   Vec values[Count][2];
 #pragma GCC unroll 2
@@ -97,11 +116,11 @@ VLLM_MS_INLINE void add_elements(const ColumnPairs (&weights)[Count], const floa
 }
 
 // sums += a pair of the groups times those of `MT` tokens.
-template <int MT, int Count>
-VLLM_MS_INLINE void add_products(const ColumnPairs (&weights)[Count], const float *const (&bases)[(MT + 2) / 3],
+template <int MT, class Pairs, int Count>
+VLLM_MS_INLINE void add_products(const Pairs (&weights)[Count], const float *const (&bases)[(MT + 2) / 3],
                                  int64_t stride, ColumnSums (&sums)[MT][Count]) {
-  add_elements<false>(weights, bases, stride, sums);
-  add_elements<true>(weights, bases, stride, sums);
+  add_elements<false, MT>(weights, bases, stride, sums);
+  add_elements<true, MT>(weights, bases, stride, sums);
 }
 
 }  // namespace VLLM_MS_ISA

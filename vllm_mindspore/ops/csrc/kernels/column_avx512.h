@@ -11,6 +11,7 @@ namespace VLLM_MS_ISA {
 constexpr int kColumnTokens = 12;        // at once, with two groups of columns:
 constexpr int64_t kColumnSums = 24;      // groups' sums in registers
 constexpr int64_t kColumnPanel = 4096;   // elements of k of a block, to stay in the second-level cache
+constexpr int64_t kDecodePasses = 6;     // over the tokens, from which on coded weights are decoded before them
 
 using ColumnInput = bf16;  // of packed activations
 template <>
@@ -48,6 +49,13 @@ struct ColumnPairs {
   }
 };
 
+struct DecodedPairs : ColumnPairs {
+  using Element = bf16_columns;
+
+  static DecodedPairs load(const Element *p) { return {ColumnPairs::load(p)}; }
+  static void store(const ColumnPairs &pairs, Element *p) { pairs.store(p); }
+};
+
 // Of a token and a group.
 struct ColumnSums {
   Vec sum;
@@ -58,8 +66,8 @@ struct ColumnSums {
 };
 
 // sums += a pair of the groups times those of `MT` tokens.
-template <int MT, int Count>
-VLLM_MS_INLINE void add_products(const ColumnPairs (&weights)[Count], const bf16 *const (&bases)[(MT + 2) / 3],
+template <int MT, class Pairs, int Count>
+VLLM_MS_INLINE void add_products(const Pairs (&weights)[Count], const bf16 *const (&bases)[(MT + 2) / 3],
                                  int64_t stride, ColumnSums (&sums)[MT][Count]) {
 #pragma GCC unroll 12
   for (int j = 0; j < MT; ++j) {

@@ -18,7 +18,6 @@
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 
-constexpr int64_t kKeepPasses = 6;       // from here on the first pass over coded weights writes down what it decodes
 constexpr int64_t kPrefetchDepth = 32;   // elements of k between two prefetches
 static_assert(kUp == kColumnGroup, "gate and up are a group of columns each");
 
@@ -64,6 +63,7 @@ class NextBlock {
 // is 2 * i more than a multiple of kDepth, by ascending k. one(group) is one of them alone.
 template <int Count>
 struct WholeGroups {
+  using Pairs = ColumnPairs;
   static constexpr int kCount = Count, kDepth = 2;
   const bf16_columns *first[Count];
 
@@ -77,6 +77,7 @@ struct WholeGroups {
 };
 
 struct PartialGroup {
+  using Pairs = ColumnPairs;
   static constexpr int kCount = 1, kDepth = 2;
   const bf16_columns *first;
   int64_t rows;
@@ -90,21 +91,20 @@ struct PartialGroup {
   PartialGroup one(int) const { return *this; }
 };
 
-// `Count` groups with coded upper bytes. Keep: what is read is also written to `decoded`, in columns.
-template <int Count, bool Keep>
+// `Count` groups with coded upper bytes.
+template <int Count>
 struct CodedGroups {
+  using Pairs = ColumnPairs;
   static constexpr int kCount = Count, kDepth = kOctet;
-  bf16_columns *decoded[Count];
   const uint8_t *lower[Count], *codes[Count];
   UpperBytes upper[Count];
   const CodedException *exceptions[Count], *next[Count];
   int64_t next_k;  // of the first pair that has an exception
 
   CodedGroups() = default;
-  CodedGroups(const bf16_coded *const *first, int64_t k, bf16_columns *scratch) {
+  CodedGroups(const bf16_coded *const *first, int64_t k) {
 #pragma GCC unroll 2
     for (int group = 0; group < Count; ++group) {
-      decoded[group] = scratch + group * kColumnGroup * k;
       const CodedGroup coded(first[group], k);
       lower[group] = coded.lower;
       codes[group] = coded.codes;
@@ -136,14 +136,9 @@ struct CodedGroups {
       }
       find_next();
     }
-    if constexpr (Keep) {
-#pragma GCC unroll 2
-      for (int group = 0; group < Count; ++group) pairs[group].store(decoded[group] + k * kColumnGroup);
-    }
   }
-  CodedGroups<1, Keep> one(int group) const {
-    CodedGroups<1, Keep> result;
-    result.decoded[0] = decoded[group];
+  CodedGroups<1> one(int group) const {
+    CodedGroups<1> result;
     result.lower[0] = lower[group];
     result.codes[0] = codes[group];
     result.upper[0] = upper[group];
@@ -158,13 +153,50 @@ struct CodedGroups {
   }
 };
 
+// `Count` decoded groups of `size` elements each, which begin with element `begin` of k.
+template <int Count>
+struct DecodedGroups {
+  using Pairs = DecodedPairs;
+  static constexpr int kCount = Count, kDepth = 2;
+  const Pairs::Element *first;
+  int64_t size, begin;
+
+  void start(int64_t) {}
+  template <int>
+  void read(int64_t k, Pairs (&pairs)[Count]) {
+    const Pairs::Element *place = first + (k - begin) * kColumnGroup;
+#pragma GCC unroll 2
+    for (int group = 0; group < Count; ++group) pairs[group] = Pairs::load(place + group * size);
+  }
+  DecodedGroups<1> one(int group) const { return {first + group * size, size, begin}; }
+};
+
+// Pair `I` of the octet at k.
+template <int I>
+VLLM_MS_INLINE void decode_pair(CodedGroups<1> &group, int64_t k, DecodedPairs::Element *decoded) {
+  ColumnPairs pairs[1];
+  group.template read<I>(k + 2 * I, pairs);
+  DecodedPairs::store(pairs[0], decoded + I * kPairElements);
+}
+
+// Elements [begin, end) of k of one group.
+inline void decode(CodedGroups<1> group, int64_t begin, int64_t end, DecodedPairs::Element *decoded) {
+  group.start(begin);
+  for (int64_t k = begin; k < end; k += kOctet, decoded += kOctet * kColumnGroup) {
+    decode_pair<0>(group, k, decoded);
+    decode_pair<1>(group, k, decoded);
+    decode_pair<2>(group, k, decoded);
+    decode_pair<3>(group, k, decoded);
+  }
+}
+
 // sums += the products of the pairs that read<I>() gives with those of `MT` tokens.
 template <int MT, int I, class Groups>
 VLLM_MS_INLINE void multiply_pairs(Groups &groups, int64_t k, const ColumnInput *(&bases)[(MT + 2) / 3], int64_t stride,
                                    ColumnSums (&sum)[MT][Groups::kCount]) {
-  ColumnPairs weights[Groups::kCount];
+  typename Groups::Pairs weights[Groups::kCount];
   groups.template read<I>(k, weights);
-  add_products<MT, Groups::kCount>(weights, bases, stride, sum);
+  add_products<MT>(weights, bases, stride, sum);
 #pragma GCC unroll 4
   for (int b = 0; b < (MT + 2) / 3; ++b) bases[b] += 2;
 }
@@ -231,19 +263,19 @@ class Passes {
  public:
   explicit Passes(int64_t tokens) : tokens_(tokens), count_((tokens + kColumnTokens - 1) / kColumnTokens) {}
   int64_t count() const { return count_; }
-  // f(pass, first token, tokens)
+  // f(first token, tokens)
   template <class F>
   __attribute__((always_inline)) void for_each(F f) const {
     for (int64_t pass = 0, token = 0; pass < count_; ++pass) {
       const int64_t tokens = (tokens_ - token + count_ - pass - 1) / (count_ - pass);
-      f(pass, token, tokens);
+      f(token, tokens);
       token += tokens;
     }
   }
   // How often `groups` groups of k will ask for some of the next block.
   int64_t prefetch_shares(int groups, int64_t k) const {
     int64_t calls = 0;
-    for_each([&](int64_t, int64_t, int64_t tokens) { calls += groups_together(tokens) ? 1 : groups; });
+    for_each([&](int64_t, int64_t tokens) { calls += groups_together(tokens) ? 1 : groups; });
     return calls * ((k + kPrefetchDepth - 1) / kPrefetchDepth);
   }
 
@@ -251,56 +283,58 @@ class Passes {
   int64_t tokens_, count_;
 };
 
-// first: the groups as the first pass over the tokens reads them, which may make them what the `others` read.
-template <class First, class Others>
-void multiply_groups(const First &first, const Others &others, int64_t k, const PackedRows<ColumnInput> &x,
-                     NextBlock &next, float *sums) {
-  const Passes passes(x.count);
-  for (int64_t begin = 0; begin == 0 || begin < k; begin += kColumnPanel) {
-    const int64_t end = min64(begin + kColumnPanel, k);
-    passes.for_each([&](int64_t pass, int64_t token, int64_t count) {
-      with_count<kColumnTokens>(count, [&](auto tokens) {
-        if (pass == 0) {
-          multiply_pass<tokens()>(first, x, token, begin, end, next, sums);
-        } else {
-          multiply_pass<tokens()>(others, x, token, begin, end, next, sums);
-        }
-      });
+// f(begin, end) for ranges of k.
+template <class F>
+void for_each_panel(int64_t k, F f) {
+  for (int64_t begin = 0; begin == 0 || begin < k; begin += kColumnPanel) f(begin, min64(begin + kColumnPanel, k));
+}
+
+// All tokens with elements [begin, end) of k.
+template <class Groups>
+void multiply_panel(const Groups &groups, int64_t begin, int64_t end, const PackedRows<ColumnInput> &x, NextBlock &next,
+                    float *sums) {
+  Passes(x.count).for_each([&](int64_t token, int64_t count) {
+    with_count<kColumnTokens>(count, [&](auto tokens) {
+      multiply_pass<tokens()>(groups, x, token, begin, end, next, sums);
     });
-  }
+  });
+}
+
+template <class Groups>
+void multiply_groups(const Groups &groups, int64_t k, const PackedRows<ColumnInput> &x, NextBlock &next, float *sums) {
+  for_each_panel(k, [&](int64_t begin, int64_t end) { multiply_panel(groups, begin, end, x, next, sums); });
+}
+
+template <int Count>
+void multiply_coded(const BlockRows<bf16_coded> &block, const PackedRows<ColumnInput> &x, float *sums) {
+  using Element = DecodedPairs::Element;
+  const Passes passes(x.count);
+  NextBlock next(block, passes.prefetch_shares(Count, block.k));
+  const CodedGroups<Count> coded(block.first, block.k);
+  if (passes.count() < kDecodePasses) return multiply_groups(coded, block.k, x, next, sums);
+  const int64_t size = min64(block.k, kColumnPanel) * kColumnGroup;
+  const Scratch scratch(Count * size * sizeof(Element));
+  Element *decoded = scratch.as<Element>();
+  for_each_panel(block.k, [&](int64_t begin, int64_t end) {
+    for (int group = 0; group < Count; ++group) decode(coded.one(group), begin, end, decoded + group * size);
+    multiply_panel(DecodedGroups<Count>{decoded, size, begin}, begin, end, x, next, sums);
+  });
 }
 
 inline void multiply_block(const BlockRows<bf16_columns> &block, const PackedRows<ColumnInput> &x, float *sums) {
   const Passes passes(x.count);
   if (block.count[0] == kColumnGroup && block.count[1] == kColumnGroup) {
     NextBlock next(block, passes.prefetch_shares(2, block.k));
-    const WholeGroups<2> groups{{block.first[0], block.first[1]}};
-    return multiply_groups(groups, groups, block.k, x, next, sums);
+    return multiply_groups(WholeGroups<2>{{block.first[0], block.first[1]}}, block.k, x, next, sums);
   }
   NextBlock next(block, passes.prefetch_shares(1, block.k) * block.groups());
   for (int group = 0; group < block.groups(); ++group) {
-    const PartialGroup groups(block, group);
-    multiply_groups(groups, groups, block.k, x, next, sums + group * kUp);
+    multiply_groups(PartialGroup(block, group), block.k, x, next, sums + group * kUp);
   }
 }
 
 inline void multiply_block(const BlockRows<bf16_coded> &block, const PackedRows<ColumnInput> &x, float *sums) {
-  const Passes passes(x.count);
-  NextBlock next(block, passes.prefetch_shares(block.groups(), block.k));
-  const auto multiply = [&](const auto &first, const auto &others) {
-    multiply_groups(first, others, block.k, x, next, sums);
-  };
-  if (passes.count() < kKeepPasses) {
-    const CodedGroups<1, false> one(block.first, block.k, nullptr);
-    if (block.groups() == 1) return multiply(one, one);
-    const CodedGroups<2, false> both(block.first, block.k, nullptr);
-    return multiply(both, both);
-  }
-  const int64_t elements = kColumnGroup * block.k;
-  const Scratch scratch(block.groups() * elements * sizeof(bf16));
-  bf16_columns *decoded = scratch.as<bf16_columns>();
-  if (block.groups() == 1) return multiply(CodedGroups<1, true>(block.first, block.k, decoded), WholeGroups<1>{{decoded}});
-  multiply(CodedGroups<2, true>(block.first, block.k, decoded), WholeGroups<2>{{decoded, decoded + elements}});
+  return block.groups() == 1 ? multiply_coded<1>(block, x, sums) : multiply_coded<2>(block, x, sums);
 }
 
 }  // namespace VLLM_MS_ISA
