@@ -136,6 +136,11 @@ def kv_cache_groups(vllm_config, specs: dict) -> list:
     return planning.get_kv_cache_groups_from_builder(builder, vllm_config, specs)
 
 
+def kv_cache_groups_of_stage(groups: list, specs: dict) -> list:
+    """`groups` of all pipeline stages with only the layers in `specs`, which are one stage's."""
+    return _kv_cache_planning()._project_kv_cache_groups_to_worker(groups, specs)
+
+
 def kv_cache_config(vllm_config, groups: list, num_blocks: int):
     """vLLM's `KVCacheConfig` of `groups` with exactly `num_blocks` blocks, whatever --num-gpu-blocks-override says."""
     cache = vllm_config.cache_config

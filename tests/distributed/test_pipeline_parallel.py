@@ -8,9 +8,10 @@ from tests.models.reference import MAX_TOKENS, PROMPTS, reference
 
 # (family, stages, tensor-parallel ranks of a stage, options); `make test-slow` runs all.
 EXPERTS = "enable_expert_parallel"
-FIRST = [("parallel-qwen3", 2, 1)]
+FIRST = [("parallel-gemma3", 2, 1)]
 LAYOUTS = [
     *FIRST,
+    ("parallel-qwen3", 2, 1),
     ("parallel-llama", 3, 1),
     ("parallel-qwen3-moe", 2, 1),
     ("parallel-deepseek-v3", 2, 1),

@@ -36,7 +36,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
+from .family import GEMMA_NORMS, LLAMA3_ROPE, QK_NORMS, Family, Scales, dims, make, rope
 from .hub_families import HUB_FAMILIES
 from .latent_families import LATENT_FAMILIES
 from .moe_families import MOE_FAMILIES
@@ -66,8 +66,6 @@ def _phi3_longrope(original: int) -> Callable[[], PreTrainedConfig]:
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 TIED = Scales(out=4.0)
-GEMMA_NORMS = {"post_attention": 20.0, "post_feedforward": 20.0}
-QK_NORMS = {"q_norm": 1.7, "k_norm": 1.7}
 
 _LLAMAS = [
     Family("llama2", "LlamaForCausalLM", make(LlamaConfig, **dims(96, 6, 6, 173)), "LlamaForCausalLM", seed=1),

@@ -11,6 +11,9 @@ from .hub_formats import HubFormat
 TOKENIZER_SIZE = 1000
 VOCAB_SIZE = 1003
 EOS_TOKEN_ID = 2
+# Means of the weights of norms that make the greedy text diverse, for `Scales.norm`.
+QK_NORMS = {"q_norm": 1.7, "k_norm": 1.7}
+GEMMA_NORMS = {"post_attention": 20.0, "post_feedforward": 20.0}
 
 
 @dataclass(frozen=True)

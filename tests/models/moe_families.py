@@ -16,11 +16,10 @@ from transformers import (
 )
 
 from . import hub_formats
-from .family import Family, Scales, dims, make, rope
+from .family import QK_NORMS, Family, Scales, dims, make, rope
 from .pangu_reference import PanguProMoEReferenceConfig
 
 GPT_OSS_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-QK_NORMS = {"q_norm": 1.7, "k_norm": 1.7}
 
 MOE_FAMILIES = [
     Family(

@@ -9,6 +9,7 @@ from functools import partial
 from transformers import (
     DeepseekV3Config,
     DeepseekV32Config,
+    Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
     Qwen3Config,
@@ -16,8 +17,8 @@ from transformers import (
 )
 
 from . import hub_formats
-from .family import LLAMA3_ROPE, Family, Scales, dims, make, rope
-from .moe_families import GPT_OSS_YARN, QK_NORMS
+from .family import GEMMA_NORMS, LLAMA3_ROPE, QK_NORMS, Family, Scales, dims, make, rope
+from .moe_families import GPT_OSS_YARN
 from .pangu_reference import PanguProMoEReferenceConfig
 from .sigmoid_moe_families import SIGMOID_MOE_FAMILIES
 
@@ -134,6 +135,22 @@ _PARALLEL = [
         "GptOssForCausalLM",
         scales=Scales(logits=1.6),
         notes="biases, of which one rank adds those of the output; sinks of each rank's heads",
+    ),
+    Family(
+        "parallel-gemma3",
+        "Gemma3ForCausalLM",
+        make(
+            Gemma3TextConfig,
+            **dims(120, 4, 2, 172, layers=4),
+            head_dim=32,
+            query_pre_attn_scalar=40,
+            sliding_window=25,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={"sliding_attention": rope(), "full_attention": rope("linear", 1e6, factor=8.0)},
+        ),
+        "Gemma3ForCausalLM",
+        scales=Scales(logits=1.6, norm=GEMMA_NORMS | {"q_norm": 1.5, "k_norm": 1.5}),
+        notes="the first of two stages, alone, would put its layers into one KV cache group",
     ),
     Family(
         "parallel-pangu-pro-moe",

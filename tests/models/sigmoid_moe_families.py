@@ -10,9 +10,8 @@ from transformers import (
 )
 
 from . import moe_formats
-from .family import Family, Scales, dims, make, rope
+from .family import QK_NORMS, Family, Scales, dims, make, rope
 from .hub_families import REMOTE
-from .moe_families import QK_NORMS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # What vLLM's classes read of a repository's configuration and Hugging Face's do not.

@@ -20,7 +20,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_mindspore import options
 from vllm_mindspore.compiler import cache
-from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.emit import EmittedGraph
 from vllm_mindspore.compiler.pipeline import lower
 from vllm_mindspore.graph_passes import PASSES, GraphPass, PassManager, PassReport
@@ -67,7 +66,7 @@ def inspect(vllm_config: VllmConfig) -> list[InspectedGraph]:
         with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=vllm_config)
         mla.adopt(model)
-        groups = [KVGroup(tuple(g.layer_names), g.kv_cache_spec.block_size) for g in kv_groups.of_model(vllm_config)]
+        groups = kv_groups.for_graphs(kv_groups.of_model(vllm_config))
         weights, graphs = facts.weights_of(facts.tensors_of(model)), []
         for captured in model_capture.capture_model(model, vllm_config):
             manager = PassManager(PASSES, options.disabled_passes(), keep_text=True)

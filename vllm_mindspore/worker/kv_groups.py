@@ -1,6 +1,8 @@
 """The KV cache groups vLLM will form for a model, known as soon as the model is instantiated."""
 
+import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -11,6 +13,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_mindspore import compat
+from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.config import UnsupportedOptionError
 from vllm_mindspore.worker.model_capture import attention_layers, cache_owner
 
@@ -51,5 +54,25 @@ def _unsupported(layer_name: str, found: str) -> UnsupportedOptionError:
 
 
 def of_model(vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:
-    """vLLM's groups of layers that share block tables."""
-    return compat.kv_cache_groups(vllm_config, specs_of_model(vllm_config))
+    """vLLM's groups of layers that share block tables, each with this pipeline stage's layers, which may be none.
+
+    vLLM forms them for the layers of all stages, so every stage has to call this at the same time.
+    """
+    own = specs_of_model(vllm_config)
+    groups = compat.kv_cache_groups(vllm_config, _specs_of_all_stages(own))
+    return compat.kv_cache_groups_of_stage(groups, own)
+
+
+def _specs_of_all_stages(own: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    pipeline = get_pp_group()
+    stages = [own] * pipeline.world_size
+    if pipeline.world_size > 1:
+        torch.distributed.all_gather_object(stages, own, group=pipeline.cpu_group)
+    return {name: spec for stage in stages for name, spec in stage.items()}
+
+
+def for_graphs(groups: list[KVCacheGroupSpec], block_sizes: list[int] | None = None) -> list[KVGroup]:
+    """The groups of which this stage has layers. block_sizes: of each group's kernels, if other than its blocks."""
+    sizes = block_sizes or [group.kv_cache_spec.block_size for group in groups]
+    named = zip(groups, sizes, strict=True)
+    return [KVGroup(tuple(group.layer_names), size) for group, size in named if group.layer_names]

@@ -17,7 +17,6 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_mindspore import compat
-from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.compiler.pipeline import Compiler
 from vllm_mindspore.ops import registry
 from vllm_mindspore.quantization import dequantize
@@ -99,14 +98,11 @@ class MindSporeModelRunner(CPUModelRunner):
         if self.draft is not None:
             self.draft.instantiate(model)
             known["draft"] = self.draft.facts()
-        groups = [
-            KVGroup(tuple(group.layer_names), group.kv_cache_spec.block_size)
-            for group in kv_groups.of_model(self.vllm_config)
-        ]
+        self.kv_groups = kv_groups.of_model(self.vllm_config)
         self.compiler = Compiler(
             known,
             facts.weights_of(self._tensors(model)),
-            groups,
+            kv_groups.for_graphs(self.kv_groups),
             device="cpu",
             eager=self.model_config.enforce_eager,
         )
@@ -172,7 +168,7 @@ class MindSporeModelRunner(CPUModelRunner):
         self.model.load_weights = load_in_rows
 
     def _initialize_small_kv_cache(self) -> None:
-        config = compat.kv_cache_config(self.vllm_config, kv_groups.of_model(self.vllm_config), num_blocks=2)
+        config = compat.kv_cache_config(self.vllm_config, self.kv_groups, num_blocks=2)
         self.initialize_kv_cache(config, is_profiling=True)
 
     def initialize_kv_cache_tensors(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context=None):
@@ -180,11 +176,7 @@ class MindSporeModelRunner(CPUModelRunner):
             caches = super().initialize_kv_cache_tensors(
                 kv_cache_config, kernel_block_sizes, kv_cache_allocation_context
             )
-        groups = [
-            KVGroup(tuple(g.layer_names), size)
-            for g, size in zip(kv_cache_config.kv_cache_groups, kernel_block_sizes, strict=True)
-            if g.layer_names  # else all of its layers are in other pipeline stages
-        ]
+        groups = kv_groups.for_graphs(kv_cache_config.kv_cache_groups, kernel_block_sizes)
         if [set(g.layers) for g in groups] != [set(g.layers) for g in self.compiler.groups] or any(
             a.block_size != b.block_size for a, b in zip(groups, self.compiler.groups, strict=True)
         ):
