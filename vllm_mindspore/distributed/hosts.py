@@ -10,6 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from vllm.logger import init_logger
 
+from vllm_mindspore.distributed.gather import of_every_rank
+
 logger = init_logger("vllm.vllm_mindspore.distributed")
 
 
@@ -47,8 +49,7 @@ def _namespace(name: str) -> str:
 
 def find_place(vllm_config, world: dist.ProcessGroup) -> Place:
     """Of this rank among those of its host. world: vLLM's group of all ranks; each of them must call it."""
-    found: list[str] = [""] * dist.get_world_size(world)
-    dist.all_gather_object(found, identity(), group=world)
+    found = of_every_rank(identity(), world)
     here = [rank for rank, host in enumerate(found) if host == found[dist.get_rank(world)]]
     place = Place(here.index(dist.get_rank(world)), len(here))
     engines = vllm_config.additional_config.get(ENGINES, 1)

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_mindspore.compiler import cache
 from vllm_mindspore.distributed import groups, hosts
+from vllm_mindspore.distributed.gather import of_every_rank
 from vllm_mindspore.distributed.groups import GroupError, call
 from vllm_mindspore.version import __version__
 
@@ -66,8 +67,7 @@ def join(name: str, cpu_group: dist.ProcessGroup, spin: bool, one_way: bool = Fa
 
 def _told(cpu_group: dist.ProcessGroup, mine: Any) -> list[Any]:
     """What each rank has to say. Raises the first error that a rank has instead, on all of them."""
-    found: list[Any] = [None] * dist.get_world_size(cpu_group)
-    dist.all_gather_object(found, mine, group=cpu_group)
+    found = of_every_rank(mine, cpu_group)
     for error in found:
         if isinstance(error, GroupError):
             raise error

@@ -11,6 +11,7 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
+from vllm_mindspore.distributed.gather import of_every_rank
 from vllm_mindspore.distributed.groups import GroupError
 
 _PREFIX = "vllm_mindspore"
@@ -114,8 +115,7 @@ def require_same_model(vllm_config, world: dist.ProcessGroup) -> None:
     Raises:
         GroupError: what differs.
     """
-    found: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(world))]
-    dist.all_gather_object(found, _model(vllm_config), group=world)
+    found = of_every_rank(_model(vllm_config), world)
     for other, facts in enumerate(found):
         if wrong := _difference(found[0], other, facts):
             raise GroupError(f"ranks were not started alike: {wrong}")

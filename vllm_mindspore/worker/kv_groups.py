@@ -1,6 +1,5 @@
 """The KV cache groups vLLM will form for a model, known as soon as the model is instantiated."""
 
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -15,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_mindspore import compat
 from vllm_mindspore.compiler.bind import KVGroup
 from vllm_mindspore.config import UnsupportedOptionError
+from vllm_mindspore.distributed.gather import of_every_rank
 from vllm_mindspore.worker.model_capture import attention_layers, cache_owner
 
 SERVED = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
@@ -64,10 +64,7 @@ def of_model(vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:
 
 
 def _specs_of_all_stages(own: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    pipeline = get_pp_group()
-    stages = [own] * pipeline.world_size
-    if pipeline.world_size > 1:
-        torch.distributed.all_gather_object(stages, own, group=pipeline.cpu_group)
+    stages = of_every_rank(own, get_pp_group().cpu_group)
     return {name: spec for stage in stages for name, spec in stage.items()}
 
 
