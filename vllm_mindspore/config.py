@@ -56,15 +56,19 @@ def _refuse_parallelism(parallel_config) -> None:
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
     executor = parallel_config.distributed_executor_backend
-    if parallel_config.world_size > 1 and executor not in (None, "mp", "ray"):
+    if parallel_config.world_size > 1 and executor not in (None, "mp") and not parallel_config.use_ray:
         option, supported = "--distributed-executor-backend", "mp, processes on each host, and ray, its actors"
         raise UnsupportedOptionError(option, executor, supported, "Use one of them.")
-    if executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):
+    if parallel_config.use_ray and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):
         supported = "Ray's actors with vLLM's message queues"
         raise UnsupportedOptionError("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", 0, supported, "Leave it unset.")
-    if parallel_config.data_parallel_size > 1 and parallel_config.data_parallel_backend != "mp":
-        option, found = "--data-parallel-backend", parallel_config.data_parallel_backend
-        raise UnsupportedOptionError(option, found, "mp, processes on each host", "Leave the option out.")
+    if _has_engines_by_ray(parallel_config) and not parallel_config.use_ray:
+        option = "--data-parallel-backend ray with --distributed-executor-backend"
+        raise UnsupportedOptionError(option, executor, "Ray's actors for both", "Leave the second one out.")
+
+
+def _has_engines_by_ray(parallel_config) -> bool:
+    return parallel_config.data_parallel_size > 1 and parallel_config.data_parallel_backend == "ray"
 
 
 def _refuse_options(vllm_config) -> None:
@@ -189,6 +193,10 @@ def _update(vllm_config) -> None:
     # Our own exchange of tokens, and none of vLLM's, for which models would cut tokens into parts ("sequence
     # parallel"): each rank would then read all weights of the shared experts.
     vllm_config.parallel_config.all2all_backend = "naive"
+    if _has_engines_by_ray(vllm_config.parallel_config):
+        from vllm_mindspore.distributed.ray_engines import EngineExecutor
+
+        vllm_config.parallel_config.distributed_executor_backend = EngineExecutor
     hosts.note_engines(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         # The first stage takes sampled tokens from the scheduler, which has them in time only without it.

@@ -18,10 +18,9 @@ FAMILY, SPARSE, MAX_TOKENS = "parallel-deepseek-v3", "parallel-deepseek-v32", 40
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 EXPERTS, TENSORS = "--enable-expert-parallel", "--tensor-parallel-size=2"
-# (family, drafts, options of two engines); `make test-slow` runs all.
-FIRST = [(FAMILY, MTP, EXPERTS)]
+# (family, drafts, options of two engines)
 ENGINES = [
-    *FIRST,
+    (FAMILY, MTP, EXPERTS),
     (FAMILY, MTP),
     (FAMILY, {**MTP, "num_speculative_tokens": 1}, EXPERTS),
     (FAMILY, {**MTP, "num_speculative_tokens": 4}, EXPERTS, TENSORS),
@@ -50,9 +49,15 @@ def reference_of(name: str, folder) -> Reference:
     return Reference(EVERY_FAMILY["qwen2" if name == "mimo" else name], folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("experts", [False, True], ids=["in parts", "spread"])
-@pytest.mark.parametrize("name", [FAMILY, SPARSE])
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        pytest.param(FAMILY, True, id=f"{FAMILY} spread"),
+        pytest.param(FAMILY, False, id=f"{FAMILY} in parts", marks=pytest.mark.slow),
+        pytest.param(SPARSE, True, id=f"{SPARSE} spread", marks=pytest.mark.slow),
+        pytest.param(SPARSE, False, id=f"{SPARSE} in parts", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks(name, experts, checkpoints):
     options = dict(tensor_parallel_size=2, enable_expert_parallel=experts, speculative_config=MTP)
     options["disable_log_stats"] = False
@@ -104,11 +109,8 @@ def titles(layout: tuple) -> str:
     return " ".join([name, config["method"], str(config["num_speculative_tokens"]), *options])
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [layout if layout in FIRST else pytest.param(layout, marks=pytest.mark.slow) for layout in ENGINES],
-    ids=lambda layout: titles(layout),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ENGINES, ids=titles)
 def test_engines_with_requests_of_their_own(layout, checkpoints, tmp_path):
     """The ranks draft together, also where one of them has no request, or one that is too long for drafts."""
     name, config, *options = layout

@@ -61,13 +61,26 @@ def has_nodes(two: TwoHosts, head: str, number: int) -> bool:
     return status.stdout.count(" node_") == number
 
 
-@pytest.mark.parametrize("options", [("--tensor-parallel-size=2",), ("--pipeline-parallel-size=2",)], ids=str)
+ACTORS = "--distributed-executor-backend=ray"
+# Engines that are actors too, one on each host.
+ENGINES = ("--data-parallel-size=2", "--data-parallel-size-local=1", "--data-parallel-backend=ray")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--tensor-parallel-size=2", ACTORS),
+        ("--pipeline-parallel-size=2", ACTORS),
+        (*ENGINES, "--enable-expert-parallel"),
+    ],
+    ids=" ".join,
+)
 def test_actors_on_two_hosts_give_the_tokens_of_one_process(options, tmp_path):
     name = "parallel-qwen3-moe"
     expected = reference(name).generate(PROMPTS)
     with TwoHosts() as two, cluster(two, tmp_path) as nodes:
         environment = {**two.hosts[0].environment, "RAY_ADDRESS": f"{two.hosts[0].address}:{PORT}"}
-        command = two.hosts[0].runs(serve(name, *options, "--distributed-executor-backend=ray"))
+        command = two.hosts[0].runs(serve(name, *options))
         log = tmp_path / "server.log"
         with Server(command, commands.free_port(), log, environment, address=two.door) as server:
             assert served_greedy(server, PROMPTS, MAX_TOKENS) == expected

@@ -36,6 +36,9 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OPTIONS = {
     "--decode-context-parallel-size": dict(tensor_parallel_size=3, decode_context_parallel_size=3),
     "--distributed-executor-backend": dict(tensor_parallel_size=3, distributed_executor_backend="uni"),
+    "--data-parallel-backend ray with --distributed-executor-backend": dict(
+        data_parallel_size=2, data_parallel_backend="ray", distributed_executor_backend="mp"
+    ),
     "--enable-lora": dict(enable_lora=True),
     "--quantization": dict(quantization="fp8"),
     "--speculative-config method": dict(speculative_config={**NGRAM, "method": "ngram_gpu"}),

@@ -8,10 +8,11 @@
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 
-constexpr int kColumnTokens = 6;         // at once, with one group of columns:
-constexpr int64_t kColumnSums = 6;       // groups' sums in registers
+constexpr int kColumnTokens = 6;         // at once, with one group of columns
+constexpr int64_t kTogether = 3;         // at once, with both: their sums fit into the registers,
+constexpr int64_t kTogetherCoded = 1;    // of which decoding needs some itself
 constexpr int64_t kColumnPanel = 1024;   // elements of k of a block; those of the tokens of a pass stay beside it
-constexpr int64_t kDecodePasses = 2;     // over the tokens, from which on coded weights are decoded before them
+constexpr int64_t kDecodeTokens = 7;     // from which on coded weights are decoded before the passes over the tokens
 
 using ColumnInput = float;  // of packed activations
 

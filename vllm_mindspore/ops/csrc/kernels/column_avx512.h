@@ -8,10 +8,10 @@
 namespace vllm_ms {
 namespace VLLM_MS_ISA {
 
-constexpr int kColumnTokens = 12;        // at once, with two groups of columns:
-constexpr int64_t kColumnSums = 24;      // groups' sums in registers
+constexpr int kColumnTokens = 12;        // at once, as many
+constexpr int64_t kTogether = 12, kTogetherCoded = 12;  // with both groups: their sums fit into the registers
 constexpr int64_t kColumnPanel = 4096;   // elements of k of a block, to stay in the second-level cache
-constexpr int64_t kDecodePasses = 6;     // over the tokens, from which on coded weights are decoded before them
+constexpr int64_t kDecodeTokens = 61;    // from which on coded weights are decoded before the passes over the tokens
 
 using ColumnInput = bf16;  // of packed activations
 template <>

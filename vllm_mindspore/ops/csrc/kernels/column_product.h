@@ -60,11 +60,13 @@ class NextBlock {
 };
 
 // Groups of a block: both whole, or one of up to 16 columns. After start(k), read<i>() gives the pairs of k for a k that
-// is 2 * i more than a multiple of kDepth, by ascending k. one(group) is one of them alone.
+// is 2 * i more than a multiple of kDepth, by ascending k. one(group) is one of them alone, as they are read for more than
+// kMostTogether tokens.
 template <int Count>
 struct WholeGroups {
   using Pairs = ColumnPairs;
   static constexpr int kCount = Count, kDepth = 2;
+  static constexpr int64_t kMostTogether = kTogether;
   const bf16_columns *first[Count];
 
   void start(int64_t) {}
@@ -79,6 +81,7 @@ struct WholeGroups {
 struct PartialGroup {
   using Pairs = ColumnPairs;
   static constexpr int kCount = 1, kDepth = 2;
+  static constexpr int64_t kMostTogether = kTogether;
   const bf16_columns *first;
   int64_t rows;
 
@@ -96,6 +99,7 @@ template <int Count>
 struct CodedGroups {
   using Pairs = ColumnPairs;
   static constexpr int kCount = Count, kDepth = kOctet;
+  static constexpr int64_t kMostTogether = kTogetherCoded;
   const uint8_t *lower[Count], *codes[Count];
   UpperBytes upper[Count];
   const CodedException *exceptions[Count], *next[Count];
@@ -158,6 +162,7 @@ template <int Count>
 struct DecodedGroups {
   using Pairs = DecodedPairs;
   static constexpr int kCount = Count, kDepth = 2;
+  static constexpr int64_t kMostTogether = kTogether;
   const Pairs::Element *first;
   int64_t size, begin;
 
@@ -242,14 +247,11 @@ void multiply_columns(Groups groups, const PackedRows<ColumnInput> &x, int64_t t
   }
 }
 
-// Whether the sums of so many tokens with both groups fit into the registers.
-constexpr bool groups_together(int64_t tokens) { return 2 * tokens <= kColumnSums; }
-
 // As multiply_columns, both groups together or one after the other.
 template <int MT, class Groups>
 VLLM_MS_INLINE void multiply_pass(const Groups &groups, const PackedRows<ColumnInput> &x, int64_t token, int64_t begin,
                                   int64_t end, NextBlock &next, float *sums) {
-  if constexpr (Groups::kCount == 1 || groups_together(MT)) {
+  if constexpr (Groups::kCount == 1 || MT <= Groups::kMostTogether) {
     multiply_columns<MT>(groups, x, token, begin, end, next, sums);
   } else {
     for (int group = 0; group < 2; ++group) {
@@ -272,10 +274,11 @@ class Passes {
       token += tokens;
     }
   }
-  // How often `groups` groups of k will ask for some of the next block.
-  int64_t prefetch_shares(int groups, int64_t k) const {
+  // How often they will ask for some of the next block.
+  template <class Groups>
+  int64_t prefetch_shares(int64_t k) const {
     int64_t calls = 0;
-    for_each([&](int64_t, int64_t tokens) { calls += groups_together(tokens) ? 1 : groups; });
+    for_each([&](int64_t, int64_t tokens) { calls += tokens <= Groups::kMostTogether ? 1 : Groups::kCount; });
     return calls * ((k + kPrefetchDepth - 1) / kPrefetchDepth);
   }
 
@@ -309,9 +312,11 @@ template <int Count>
 void multiply_coded(const BlockRows<bf16_coded> &block, const PackedRows<ColumnInput> &x, float *sums) {
   using Element = DecodedPairs::Element;
   const Passes passes(x.count);
-  NextBlock next(block, passes.prefetch_shares(Count, block.k));
+  const bool ahead = x.count >= kDecodeTokens;
+  NextBlock next(block, ahead ? passes.prefetch_shares<DecodedGroups<Count>>(block.k)
+                              : passes.prefetch_shares<CodedGroups<Count>>(block.k));
   const CodedGroups<Count> coded(block.first, block.k);
-  if (passes.count() < kDecodePasses) return multiply_groups(coded, block.k, x, next, sums);
+  if (!ahead) return multiply_groups(coded, block.k, x, next, sums);
   const int64_t size = min64(block.k, kColumnPanel) * kColumnGroup;
   const Scratch scratch(Count * size * sizeof(Element));
   Element *decoded = scratch.as<Element>();
@@ -324,10 +329,10 @@ void multiply_coded(const BlockRows<bf16_coded> &block, const PackedRows<ColumnI
 inline void multiply_block(const BlockRows<bf16_columns> &block, const PackedRows<ColumnInput> &x, float *sums) {
   const Passes passes(x.count);
   if (block.count[0] == kColumnGroup && block.count[1] == kColumnGroup) {
-    NextBlock next(block, passes.prefetch_shares(2, block.k));
+    NextBlock next(block, passes.prefetch_shares<WholeGroups<2>>(block.k));
     return multiply_groups(WholeGroups<2>{{block.first[0], block.first[1]}}, block.k, x, next, sums);
   }
-  NextBlock next(block, passes.prefetch_shares(1, block.k) * block.groups());
+  NextBlock next(block, passes.prefetch_shares<PartialGroup>(block.k) * block.groups());
   for (int group = 0; group < block.groups(); ++group) {
     multiply_groups(PartialGroup(block, group), block.k, x, next, sums + group * kUp);
   }
