@@ -42,8 +42,9 @@ def _engine(name: str, folder: Path, dtype: str, options: dict) -> Iterator:
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        cleanup_dist_env_and_memory()
         gc.collect()
+        gc.freeze()  # the next two collections, half a second each with all modules
+        cleanup_dist_env_and_memory()
 
 
 def greedy(llm, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

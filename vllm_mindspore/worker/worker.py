@@ -1,5 +1,6 @@
 """vLLM's V1 worker on MindSpore: the first place in a process where MindSpore is imported."""
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ class MindSporeWorker(WorkerBase):
             raise
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        gc.freeze()  # vLLM collects while it loads, half a second each time with all modules; it freezes and thaws later
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.load_model(load_dummy_weights)
 
