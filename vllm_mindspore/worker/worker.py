@@ -99,7 +99,7 @@ class MindSporeWorker(WorkerBase):
             raise
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        gc.freeze()  # vLLM collects while it loads, half a second each time with all modules; it freezes and thaws later
+        gc.freeze()  # what is imported: vLLM collects garbage while it loads, half a second each time; it thaws later
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.load_model(load_dummy_weights)
 
