@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.bench import shapes
 from tests.bench.figures import save
 
-BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 24, 25, 31, 32, 33, 36, 37, 48, 49, 63, 64)
+BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 24, 25, 31, 32, 33, 36, 37, 48, 49, 63, 64)
 CONTEXTS = (128, 255, 257, 511, 513, 1023, 1025, 2047, 2049, 4095, 4097, 8191, 8193, 16384, 32768)
 LAYERS = (1, 2, 4, 8, 16, 28)
 CONTEXT_LAYERS = 2  # enough for the attention of one layer, and prompts of 32k tokens are read in a minute
