@@ -12,6 +12,7 @@ logger = init_logger("vllm.vllm_mindspore.config")
 
 DEFAULT_BLOCK_SIZE = 16
 KV_CACHE_LAYOUT = "LBNHC"
+ENGINE_EXECUTOR_MODULE = "vllm_mindspore.distributed.ray_engines"  # which needs Ray
 # vLLM's models with an indexer (`index_topk`) that are served.
 SPARSE_ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 # Those of vLLM's loaders that read a checkpoint tensor by tensor.
@@ -56,7 +57,8 @@ def _refuse_parallelism(parallel_config) -> None:
         if value:
             raise UnsupportedOptionError(option, value, "running without it", "Leave the option out.")
     executor = parallel_config.distributed_executor_backend
-    if parallel_config.world_size > 1 and executor not in (None, "mp") and not parallel_config.use_ray:
+    ours = getattr(executor, "__module__", "") == ENGINE_EXECUTOR_MODULE  # of a configuration that was updated before
+    if parallel_config.world_size > 1 and executor not in (None, "mp", "ray") and not ours:
         option, supported = "--distributed-executor-backend", "mp, processes on each host, and ray, its actors"
         raise UnsupportedOptionError(option, executor, supported, "Use one of them.")
     if parallel_config.use_ray and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):
