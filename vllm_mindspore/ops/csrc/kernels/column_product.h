@@ -264,7 +264,6 @@ VLLM_MS_INLINE void multiply_pass(const Groups &groups, const PackedRows<ColumnI
 class Passes {
  public:
   explicit Passes(int64_t tokens) : tokens_(tokens), count_((tokens + kColumnTokens - 1) / kColumnTokens) {}
-  int64_t count() const { return count_; }
   // f(first token, tokens)
   template <class F>
   __attribute__((always_inline)) void for_each(F f) const {
